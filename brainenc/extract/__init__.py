@@ -1,0 +1,1 @@
+"""Frozen vision backbones over image shards into the feature store."""

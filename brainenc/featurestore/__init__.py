@@ -1,0 +1,1 @@
+"""Sharded, memory-mapped, crash-proof store of features."""

@@ -1,0 +1,1 @@
+"""Memory guard: probe, policy, watcher, coordinator, emergency checkpoint."""

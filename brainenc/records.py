@@ -1,0 +1,76 @@
+"""The JSON-lines files that a run leaves behind: one object a line, appended, never rewritten.
+
+A process may die in the middle of a line, and a resumed run repeats steps: :func:`read` drops a torn last line
+and, of lines that say the same thing twice, keeps the one of the newest run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """Appends objects to a file, a whole line in one write. Threads may share one; so may processes (``O_APPEND``)."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._lock = threading.Lock()
+        if _ends_torn(self.path):  # a writer died in mid-line: its rest must not swallow our first object
+            os.write(self._fd, b"\n")
+
+    def write(self, **fields: Any) -> None:
+        """Append one object. NaN and infinity become null: JSON has neither."""
+        line = json.dumps(_finite(fields), separators=(",", ":"), allow_nan=False) + "\n"
+        with self._lock:
+            os.write(self._fd, line.encode())
+
+    def close(self, *, flush: bool = True) -> None:
+        """Close; with ``flush`` what was written survives a power cut."""
+        if self._fd >= 0:
+            if flush:
+                os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Every whole object in the file, in order; lines that are no JSON object (torn by a death) are skipped."""
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def _ends_torn(path: Path) -> bool:
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

@@ -1,0 +1,1 @@
+"""Brain encoders trained from the feature store."""

@@ -1,0 +1,39 @@
+"""Fixtures that every test may use: one local Ray cluster a session, and folders on real disk."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Before anything imports Ray, Hugging Face or gcsfs: no telemetry, no hub, no token file, no probing of real clouds.
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",
+    RAY_TRAIN_ENABLE_PRINT_PATCH="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",
+)
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """One local Ray of two CPUs for the whole test session, stopped at its end."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="bray", dir="/tmp") as scratch:  # short: socket paths are limited
+        ray.init(
+            num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, _temp_dir=scratch,
+            log_to_driver=False, logging_level="ERROR",
+        )  # fmt: skip
+        yield ray
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Arrays that the tests compare with."""
+    return Path(__file__).parent / "data"
