@@ -1,0 +1,108 @@
+"""Progress of a command: one live line on a terminal, a plain line now and then in a log, objects with ``--json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from brainenc.units import format_seconds
+
+LIVE_S = 0.1
+"""Shortest time between two redraws of the live line."""
+LOG_S = 15.0
+"""Shortest time between two lines in a log: an overnight job should leave pages, not megabytes."""
+
+
+class Progress:
+    """Shows how far a command is. Driver only; cheap enough to call for every step.
+
+    Args:
+        label: what is being done, e.g. ``"extract"``.
+        json_lines: print one object a report instead of text.
+        stream: where to; standard error by default, so that results on standard output stay clean.
+        clock: seconds, monotonic; a fake one in tests.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        *,
+        json_lines: bool = False,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._label, self._json, self._clock = label, json_lines, clock
+        self._stream = sys.stderr if stream is None else stream
+        self._live = self._stream.isatty() and not json_lines
+        self._every = LIVE_S if self._live else LOG_S
+        self._started = clock()
+        self._shown = -float("inf")
+        self._width = 0
+        self._last: tuple[float, float | None, dict[str, Any]] | None = None
+
+    def update(self, done: float, total: float | None = None, **figures: Any) -> None:
+        """Say how far it is: ``done`` of ``total``, and figures to show beside it, in this order."""
+        self._last = (done, total, figures)
+        now = self._clock()
+        finished = total is not None and done >= total
+        if now - self._shown < self._every and not finished:
+            return
+        self._shown = now
+        self._write(done, total, figures)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._clear()
+        self._print(json.dumps({"command": self._label, "note": text}) if self._json else text)
+
+    def close(self) -> None:
+        """Show the last figures and end the live line."""
+        if self._last is not None and self._live:
+            self._write(*self._last)
+            self._stream.write("\n")
+            self._stream.flush()
+        self._last, self._width = None, 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, done: float, total: float | None, figures: dict[str, Any]) -> None:
+        elapsed = self._clock() - self._started
+        if self._json:
+            record = {"command": self._label, "done": done, "total": total, "seconds": round(elapsed, 3), **figures}
+            self._print(json.dumps(record, default=str))
+            return
+        line = self._text(done, total, figures, elapsed)
+        if self._live:
+            self._stream.write("\r" + line.ljust(self._width))
+            self._stream.flush()
+            self._width = len(line)
+        else:
+            self._print(line)
+
+    def _text(self, done: float, total: float | None, figures: dict[str, Any], elapsed: float) -> str:
+        parts = [f"{self._label}: {done:g}" if total is None else f"{self._label}: {done:g}/{total:g}"]
+        if total and 0 < done < total:
+            parts.append(f"{format_seconds(elapsed * (total - done) / done)} left")
+        elif total and done >= total:
+            parts.append(f"took {format_seconds(elapsed)}")
+        return ", ".join(parts + [f"{name.replace('_', ' ')} {_short(value)}" for name, value in figures.items()])
+
+    def _clear(self) -> None:
+        if self._live and self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._width = 0
+
+    def _print(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
