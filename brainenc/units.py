@@ -55,7 +55,7 @@ def format_bytes(n: float) -> str:
         if n < 999.5:
             return f"{sign}{n:.0f} {unit}" if unit == "B" else f"{sign}{n:.3g} {unit}"
         n /= 1000
-    return f"{sign}{n:.3g} TB"
+    return f"{sign}{n:.3g} TB" if n < 999.5 else f"{sign}{n:.0f} TB"
 
 
 def format_seconds(s: float) -> str:
