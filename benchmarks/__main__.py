@@ -1,0 +1,37 @@
+"""``python -m benchmarks [AREA ...]``: measure, keep, and write ``BENCHMARKS.md``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+from benchmarks import figures
+
+AREAS = ("store", "extract", "encoders", "train", "scoring", "guard", "cluster")
+"""Each is a module here with ``TITLE``, ``run() -> list[Figure]`` and ``NOTES`` (also what did not work)."""
+
+
+def main(names: list[str]) -> int:
+    unknown = sorted(set(names) - set(AREAS))
+    if unknown:
+        print(f"No such area: {', '.join(unknown)}. There is: {', '.join(AREAS)}.", file=sys.stderr)
+        return 2
+    missed = 0
+    for area in names or AREAS:
+        module = import_module(f"benchmarks.{area}")
+        print(f"== {module.TITLE}", flush=True)
+        started = time.perf_counter()
+        measured = module.run()
+        figures.save(area, module.TITLE, measured, module.NOTES, time.perf_counter() - started)
+        for figure in measured:
+            print(figure.row(), flush=True)
+        missed += sum(f.met is False for f in measured)
+    (Path(__file__).parents[1] / "BENCHMARKS.md").write_text(figures.page(AREAS))
+    print(f"{missed} target(s) missed; see BENCHMARKS.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
