@@ -76,8 +76,9 @@ def save(area: str, title: str, figures: Iterable[Figure], notes: str, seconds: 
 def page(order: Iterable[str]) -> str:
     """``BENCHMARKS.md``."""
     parts = [
-        "# Benchmarks\n\nWritten by `make bench` (`python -m benchmarks AREA ...` for single areas). Ratios are against a reference measured in the same run, "
-        "because machines are shared and noisy; absolute values are for orientation only.\n"
+        "# Benchmarks\n\n"
+        "Written by `make bench` (`python -m benchmarks AREA ...` for single areas). Ratios are against a reference\n"
+        "measured in the same run, because machines are shared and noisy; absolute values are for orientation only.\n"
     ]
     for area in order:
         path = RESULTS / f"{area}.json"
