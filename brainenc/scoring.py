@@ -1,0 +1,217 @@
+"""How well predictions agree with measured responses: the field's formulas, as functions from arrays to arrays.
+
+Vocabulary: *r* is Pearson's correlation over stimuli, one number a vertex. The *noise ceiling* NC is the fraction
+(0 to 1) of a vertex's variance that its stimuli can explain at all. Everything is float64 outside and streams over
+the data inside, so that neither copies of the arrays nor a second pass is needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+_ROWS, _COLUMNS = 128, 2048
+"""A block of this size stays near the core, and sums of 128 single-precision terms keep r to 1e-7 (measured)."""
+
+_ZERO_CEILING = 1e-14
+"""What the challenge puts in the place of a noise ceiling of 0."""
+
+
+class StreamingPearson:
+    """Pearson's r of each vertex from batches of rows, in one pass and constant memory.
+
+    Blocks of rows are centred on their own means and merged in double precision (Chan, Golub and LeVeque 1979), so
+    large offsets and drifts cost no digits. Parts computed apart, by other ranks for instance, are joined by `merge`.
+
+    Args:
+        n_vertices: columns of the arrays to come.
+        threads: how many threads share a large batch; the machine's cores when None.
+    """
+
+    def __init__(self, n_vertices: int, *, threads: int | None = None) -> None:
+        self.n_vertices = n_vertices
+        self.n = 0
+        self._threads = threads or _cores()
+        self._moments = np.zeros((5, n_vertices))  # mean x, mean y, Sxx, Syy, Sxy
+
+    def update(self, predicted: npt.NDArray[Any], measured: npt.NDArray[Any]) -> None:
+        """Add rows. Both are arrays of shape (n_stimuli, n_vertices), of any float dtype.
+
+        Raises:
+            ValueError: the shapes differ from each other or from ``n_vertices``.
+        """
+        if predicted.shape != measured.shape or predicted.ndim != 2 or predicted.shape[1] != self.n_vertices:
+            raise ValueError(
+                f"Scores of {self.n_vertices} vertices want two arrays of shape (n_stimuli, {self.n_vertices}); "
+                f"predictions have {predicted.shape}, measurements {measured.shape}."
+            )
+        if len(predicted) == 0:
+            return
+        columns = [slice(c, c + _COLUMNS) for c in range(0, self.n_vertices, _COLUMNS)]
+
+        def absorb(part: slice) -> None:
+            _absorb(self._moments[:, part], self.n, predicted[:, part], measured[:, part])
+
+        if self._threads > 1 and predicted.size > 4 * _ROWS * _COLUMNS:
+            with ThreadPoolExecutor(self._threads) as pool:
+                list(pool.map(absorb, columns))
+        else:
+            for part in columns:
+                absorb(part)
+        self.n += len(predicted)
+
+    def merge(self, other: StreamingPearson) -> None:
+        """Add the rows that another instance has seen."""
+        if other.n_vertices != self.n_vertices:
+            raise ValueError(f"Cannot merge scores of {other.n_vertices} vertices into {self.n_vertices}.")
+        _merge(self._moments, self.n, other._moments, other.n)
+        self.n += other.n
+
+    def state(self) -> Floats:
+        """Everything seen so far as one array of shape (6, n_vertices), to send to another process."""
+        return np.vstack([np.full((1, self.n_vertices), float(self.n)), self._moments])
+
+    @classmethod
+    def from_state(cls, state: Floats) -> StreamingPearson:
+        """Undo `state`."""
+        made = cls(state.shape[1])
+        made.n = int(state[0, 0]) if state.shape[1] else 0
+        made._moments = np.array(state[1:], dtype=np.float64)
+        return made
+
+    def r(self) -> Floats:
+        """Pearson's r, array of shape (n_vertices,). NaN where either side is constant or holds a NaN or infinity."""
+        _, _, sxx, syy, sxy = self._moments
+        with np.errstate(invalid="ignore", divide="ignore"):
+            r = sxy / (np.sqrt(sxx) * np.sqrt(syy))
+        r[~np.isfinite(r)] = np.nan
+        return np.clip(r, -1.0, 1.0)
+
+
+def pearson(predicted: npt.NDArray[Any], measured: npt.NDArray[Any], *, threads: int | None = None) -> Floats:
+    """Pearson's r over rows of two (n_stimuli, n_vertices) arrays, one number a column; NaN as in `StreamingPearson.r`."""
+    stream = StreamingPearson(predicted.shape[-1], threads=threads)
+    stream.update(predicted, measured)
+    return stream.r()
+
+
+def mean_r(r: npt.NDArray[Any]) -> float:
+    """Mean correlation over vertices, NaN counted as 0. NaN only if there is no vertex at all."""
+    return float(np.nan_to_num(r, nan=0.0).mean()) if len(r) else float("nan")
+
+
+def val_perf(r_lh: npt.NDArray[Any], r_rh: npt.NDArray[Any]) -> float:
+    """``(mean_r(lh) + mean_r(rh)) / 2``, as published: hemispheres weigh the same, whatever their size."""
+    return (mean_r(r_lh) + mean_r(r_rh)) / 2
+
+
+def noise_ceiling(ncsnr: npt.NDArray[Any], n1: int, n2: int, n3: int) -> Floats:
+    """The challenge's noise ceiling, a fraction from 0 to 1.
+
+    ``NC = ncsnr² / (ncsnr² + (n1/1 + n2/2 + n3/3) / (n1 + n2 + n3))``
+
+    Args:
+        ncsnr: noise-ceiling signal-to-noise ratio (signal SD / noise SD of one trial), shape (n_vertices,).
+        n1: test images shown once.
+        n2: test images shown twice.
+        n3: test images shown three times.
+    """
+    if n1 + n2 + n3 <= 0:
+        raise ValueError("A noise ceiling needs at least one test image: n1 + n2 + n3 is 0.")
+    signal = np.square(np.asarray(ncsnr, dtype=np.float64))
+    return signal / (signal + (n1 / 1 + n2 / 2 + n3 / 3) / (n1 + n2 + n3))
+
+
+def nsd_noise_ceiling(ncsnr: npt.NDArray[Any], repeats: int = 3) -> Floats:
+    """NSD's own definition in its own unit, percent: ``100 ncsnr² / (ncsnr² + 1/k)``."""
+    signal = np.square(np.asarray(ncsnr, dtype=np.float64))
+    return 100.0 * signal / (signal + 1.0 / repeats)
+
+
+def noise_normalised(r: npt.NDArray[Any], ceiling: npt.NDArray[Any]) -> Floats:
+    """The challenge's score of each vertex in percent: ``100 clip(max(r, 0)² / NC, 0, 1)``.
+
+    A ceiling of 0 becomes 1e-14, as in the challenge's own code (so any positive r scores 100 there). A vertex whose
+    r is NaN scores 0, as it does in `val_perf`.
+
+    Args:
+        r: shape (n_vertices,).
+        ceiling: NC as a fraction from 0 to 1 (NSD's files hold percent: divide by 100), shape (n_vertices,).
+    """
+    r, nc = np.asarray(r, dtype=np.float64), np.asarray(ceiling, dtype=np.float64)
+    if r.shape != nc.shape:
+        raise ValueError(f"Correlations of shape {r.shape} and noise ceilings of shape {nc.shape} do not go together.")
+    if nc.size and (np.nanmax(nc) > 1.0 or np.nanmin(nc) < 0.0):
+        raise ValueError(
+            f"Noise ceilings are fractions from 0 to 1, found {np.nanmin(nc):g} to {np.nanmax(nc):g}. "
+            "Percent, as in NSD's own files, must be divided by 100."
+        )
+    positive = np.maximum(np.nan_to_num(r, nan=0.0), 0.0)
+    percent: Floats = 100.0 * np.clip(np.square(positive) / np.where(nc == 0.0, _ZERO_CEILING, nc), 0.0, 1.0)
+    return percent
+
+
+def challenge_score(parts: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> float:
+    """The challenge's one number: the mean of `noise_normalised` over all vertices of all hemispheres and subjects.
+
+    Args:
+        parts: (r, NC) of each hemisphere of each subject.
+    """
+    return float(np.concatenate([noise_normalised(r, nc) for r, nc in parts]).mean())
+
+
+def roi_means(values: npt.NDArray[Any], masks: Mapping[str, Bools]) -> dict[str, float]:
+    """Mean of a per-vertex score over each ROI. NaN values count as 0; a ROI without vertices is NaN, as published."""
+    return {name: mean_r(values[mask]) for name, mask in masks.items()}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _absorb(moments: Floats, n_before: int, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> None:
+    """Merge columns of a batch into ``moments`` (5, columns) that hold ``n_before`` rows, block of rows by block."""
+    for start in range(0, len(x), _ROWS):
+        part = _block_moments(x[start : start + _ROWS], y[start : start + _ROWS])
+        n = min(_ROWS, len(x) - start)
+        _merge(moments, n_before + start, part, n)
+
+
+def _block_moments(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Floats:
+    """Means and centred sums of one block. The first row is taken off first: a constant column then gives exactly 0."""
+    n = len(x)
+    dtype = np.result_type(x, y, np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        dx, mean_x = _centred(x.astype(dtype, copy=False), n)
+        dy, mean_y = _centred(y.astype(dtype, copy=False), n)
+        sums = [np.einsum("nv,nv->v", a, b) for a, b in ((dx, dx), (dy, dy), (dx, dy))]
+    return np.stack([mean_x, mean_y, *sums]).astype(np.float64, copy=False)
+
+
+def _centred(x: npt.NDArray[Any], n: int) -> tuple[npt.NDArray[Any], Floats]:
+    shifted = x - x[0]
+    mean = np.add.reduce(shifted, axis=0) / n
+    shifted -= mean
+    return shifted, x[0].astype(np.float64) + mean
+
+
+def _merge(into: Floats, n_into: int, part: Floats, n_part: int) -> None:
+    """Chan's pairwise update of (mean x, mean y, Sxx, Syy, Sxy), in place."""
+    total = n_into + n_part
+    if total == 0:
+        return
+    with np.errstate(invalid="ignore", over="ignore"):
+        delta = part[:2] - into[:2]
+        weight = n_into * n_part / total
+        into[:2] += delta * (n_part / total)
+        into[2:] += part[2:]
+        into[2:4] += np.square(delta) * weight
+        into[4] += delta[0] * delta[1] * weight
