@@ -93,11 +93,12 @@ class StreamingPearson:
         with np.errstate(invalid="ignore", divide="ignore"):
             r = sxy / (np.sqrt(sxx) * np.sqrt(syy))
         r[~np.isfinite(r)] = np.nan
-        return np.clip(r, -1.0, 1.0)
+        clipped: Floats = np.clip(r, -1.0, 1.0)
+        return clipped
 
 
 def pearson(predicted: npt.NDArray[Any], measured: npt.NDArray[Any], *, threads: int | None = None) -> Floats:
-    """Pearson's r over rows of two (n_stimuli, n_vertices) arrays, one number a column; NaN as in `StreamingPearson.r`."""
+    """Pearson's r over the rows of two (n_stimuli, n_vertices) arrays, one a column; NaN as in `StreamingPearson.r`."""
     stream = StreamingPearson(predicted.shape[-1], threads=threads)
     stream.update(predicted, measured)
     return stream.r()
