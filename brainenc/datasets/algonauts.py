@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,7 @@ class Subject:
         """
         folder = self.folder / layout.images_dir(split)
         ids = [layout.stimulus_id(path, folder) for path in self.images(split)]
-        if len(set(ids)) < len(ids):
-            twice = sorted({i for i in ids if ids.count(i) > 1})
+        if twice := [i for i, n in Counter(ids).items() if n > 1]:
             raise DataError(f"{folder} has more than one image of {', '.join(twice[:5])}. Every id must be there once.")
         return ids
 
@@ -113,7 +113,8 @@ class Subject:
         array = _map_array(path, ndim=2, mapped=mapped)
         if array.dtype != np.float32:
             raise DataError(
-                f"{path} holds {array.dtype}, wanted float32. Convert it: np.save(path, np.load(path).astype('float32'))."
+                f"{path} holds {array.dtype}, wanted float32. "
+                "Convert it: np.save(path, np.load(path).astype('float32'))."
             )
         images = self.images(split)
         if len(array) != len(images):
@@ -215,7 +216,8 @@ def not_finite(array: npt.NDArray[Any]) -> tuple[int, int]:
 
 def _not_finite_text(path: Path, rows: int, vertices: int) -> str:
     return (
-        f"{path} holds NaN or infinite responses in {_count(rows, 'row')} and {_count(vertices, 'vertex', 'vertices')}. "
+        f"{path} holds NaN or infinite responses in {_count(rows, 'row')} "
+        f"and {_count(vertices, 'vertex', 'vertices')}. "
         "Training on them would make every weight NaN: leave those vertices or images out, or set them to 0."
     )
 

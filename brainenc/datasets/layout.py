@@ -35,7 +35,7 @@ ORGANISER = "organiser"
 
 _FOLDER: dict[Split, str] = {"train": "training", "test": "test"}
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
-_NSD_ID = re.compile(r"nsd-?(\d+)", re.IGNORECASE)
+_NSD_ID = re.compile(r"nsd-(\d+)")
 _SUBJECT = re.compile(r"subj\d\d")
 
 

@@ -25,6 +25,10 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
+_TORN_OR_FOREIGN = (ValueError, TypeError, AttributeError, EOFError, LookupError, ArithmeticError, pickle.PickleError)
+"""What NumPy's header reader and an unpickler raise over bytes that are not theirs."""
+
+
 class _Restricted(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         try:
@@ -43,16 +47,7 @@ def read_mapping(path: Path) -> dict[int, str]:
         with open(path, "rb") as file:
             value = _read_object(file)
         return {int(label): str(name) for label, name in value.items()}
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        IndexError,
-        KeyError,
-        ImportError,
-        pickle.PickleError,
-    ) as error:
+    except _TORN_OR_FOREIGN as error:
         raise DataError(
             f"{path} is not a label mapping: {error}. Wanted a 0-d object array with a dict such as "
             "{0: 'Unknown', 1: 'OPA'}, as the challenge distributes it; download it again."
