@@ -1,0 +1,92 @@
+"""How full each NVIDIA GPU is, over all processes on it: the five calls of NVML that takes, without ``pynvml``.
+
+The watcher process has 30 MB to live in and no site-packages; ``ctypes`` and the driver's library are enough.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+_NAMES = ("nvml.dll",) if sys.platform == "win32" else ("libnvidia-ml.so.1", "libnvidia-ml.so")
+
+
+class GpuUse(NamedTuple):
+    """One device. ``slack``: bytes that torch's allocator of this process holds but has not given out."""
+
+    uuid: str
+    name: str
+    used: int
+    limit: int
+    slack: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """Used without the slack, over the whole."""
+        return max(0, self.used - self.slack) / self.limit if self.limit else 0.0
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+class Nvml:
+    """The devices of this machine, or the ones named.
+
+    Args:
+        library: the loaded driver library; None looks for it.
+        uuids: only these (``GPU-...`` or ``MIG-...``); empty means all.
+    """
+
+    def __init__(self, library: Any = None, uuids: Sequence[str] = ()) -> None:
+        self._library = library if library is not None else _load()
+        self._devices: list[tuple[str, str, ctypes.c_void_p]] = []
+        if self._library is not None and self._library.nvmlInit_v2() == 0:
+            self._devices = [d for d in map(self._device, self._handles(uuids)) if d is not None]
+
+    def look(self, slack: dict[str, int] | None = None) -> list[GpuUse]:
+        """Each device's use; a device that stops answering is left out.
+
+        Args:
+            slack: UUID -> bytes that the worker's allocator holds without using them.
+        """
+        found = []
+        for uuid, name, handle in self._devices:
+            memory = _Memory()
+            if self._library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0:
+                found.append(GpuUse(uuid, name, memory.used, memory.total, (slack or {}).get(uuid, 0)))
+        return found
+
+    def _handles(self, uuids: Sequence[str]) -> list[ctypes.c_void_p]:
+        handles = []
+        if uuids:
+            for uuid in uuids:
+                handle = ctypes.c_void_p()
+                if self._library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) == 0:
+                    handles.append(handle)
+            return handles
+        count = ctypes.c_uint(0)
+        self._library.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        for index in range(count.value):
+            handle = ctypes.c_void_p()
+            if self._library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle)) == 0:
+                handles.append(handle)
+        return handles
+
+    def _device(self, handle: ctypes.c_void_p) -> tuple[str, str, ctypes.c_void_p] | None:
+        uuid, name = ctypes.create_string_buffer(96), ctypes.create_string_buffer(96)
+        if self._library.nvmlDeviceGetUUID(handle, uuid, ctypes.c_uint(96)) != 0:
+            return None
+        self._library.nvmlDeviceGetName(handle, name, ctypes.c_uint(96))
+        return uuid.value.decode(errors="replace"), name.value.decode(errors="replace"), handle
+
+
+def _load() -> Any:
+    for name in _NAMES:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
