@@ -1,0 +1,1 @@
+"""The four published encoders: how query tokens, or vertices, come from a feature map."""

@@ -1,0 +1,42 @@
+"""The door to the encoders: a configuration and a subject's queries in, a model out."""
+
+from __future__ import annotations
+
+from brainenc.datasets.rois import RoiQueries
+from brainenc.errors import UnknownName, UsageError
+from brainenc.train.encoders.base import ENCODERS, BrainEncoder, EncoderConfig
+from brainenc.train.encoders.custom_transformer import CustomTransformerEncoder
+from brainenc.train.encoders.linear import LinearEncoder
+from brainenc.train.encoders.spatial_feature import SpatialFeatureEncoder
+from brainenc.train.encoders.transformer import TransformerEncoder
+
+__all__ = ["ENCODERS", "BrainEncoder", "EncoderConfig", "build_encoder"]
+
+_CLASSES: dict[str, type[BrainEncoder]] = {
+    "transformer": TransformerEncoder,
+    "custom_transformer": CustomTransformerEncoder,
+    "spatial_feature": SpatialFeatureEncoder,
+    "linear": LinearEncoder,
+}
+
+
+def build_encoder(config: EncoderConfig, queries: RoiQueries, *, channels: int, grid: tuple[int, int]) -> BrainEncoder:
+    """Make an encoder with fresh weights, drawn from torch's default generator.
+
+    Args:
+        config: its shape.
+        queries: which vertices each query answers for, of the same readout.
+        channels: width of the features.
+        grid: (H, W) of the features.
+
+    Raises:
+        UnknownName: no such encoder.
+        UsageError: encoder and readout, or widths and heads, do not go together.
+    """
+    if config.encoder not in _CLASSES:
+        raise UnknownName("encoder", config.encoder, ENCODERS)
+    if config.readout != queries.readout:
+        raise UsageError(
+            f"The encoder is configured for the readout {config.readout!r}, the queries are {queries.readout!r}."
+        )
+    return _CLASSES[config.encoder](config, queries, channels=channels, grid=grid)
