@@ -54,6 +54,11 @@ def noise_ceiling_file(hemisphere: str) -> str:
     return f"test_split/noise_ceiling/{hemisphere}_noise_ceiling.npy"
 
 
+def signal_file(split: Split, hemisphere: str) -> str:
+    """File of the noiseless responses of a synthetic subject, in the organisers' folder."""
+    return f"{_FOLDER[split]}_split/signal/{hemisphere}_{_FOLDER[split]}_signal.npy"
+
+
 def mask_file(hemisphere: str, roi_class: str, space: Literal["challenge", "fsaverage"]) -> str:
     """File of one class's labels."""
     return f"roi_masks/{hemisphere}.{roi_class}_{space}_space.npy"
@@ -64,9 +69,9 @@ def mapping_file(roi_class: str) -> str:
     return f"roi_masks/mapping_{roi_class}.npy"
 
 
-def image_name(split: Split, number: int, nsd_id: int) -> str:
+def image_name(split: Split, number: int, nsd_id: int, digits: int = 4) -> str:
     """``train-0001_nsd-00013.png``; numbers count from 1, NSD's ids from 0."""
-    return f"{split}-{number:04d}_nsd-{nsd_id:05d}.png"
+    return f"{split}-{number:0{digits}d}_nsd-{nsd_id:05d}.png"
 
 
 def stimulus_id(path: Path, folder: Path) -> str:
