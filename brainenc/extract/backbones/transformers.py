@@ -1,0 +1,256 @@
+"""Vision models of Hugging Face transformers, through one path: DINOv2 (with registers), DINOv3, ViT, DeiT, SigLIP, CLIP's
+image side, MAE, I-JEPA, data2vec, BEiT and whatever else takes ``pixel_values`` and has a list of blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from brainenc.errors import UnknownName, UsageError
+from brainenc.extract.network import Network, find_blocks, find_norm
+from brainenc.extract.preprocess import HALF, IMAGENET, OPENAI_CLIP, Preprocessing
+
+_NATIVE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+"""Models that people feed native sizes, padded to the patch."""
+
+# What the published preprocessor_config.json say, for folders that have none (transformers' class defaults differ).
+_STATISTICS = {
+    "dinov2": IMAGENET, "dinov2_with_registers": IMAGENET, "dinov3_vit": IMAGENET, "ijepa": IMAGENET, "vit_mae": IMAGENET,
+    "vit_msn": IMAGENET, "deit": IMAGENET, "resnet": IMAGENET, "convnext": IMAGENET, "convnextv2": IMAGENET,
+    "swin": IMAGENET, "swinv2": IMAGENET, "dinov3_convnext": IMAGENET, "hiera": IMAGENET,
+    "clip": OPENAI_CLIP, "clip_vision_model": OPENAI_CLIP, "metaclip_2": OPENAI_CLIP,
+}  # fmt: skip
+_BICUBIC = ("dinov2", "dinov2_with_registers", "clip", "clip_vision_model", "siglip", "siglip_vision_model", "vit_mae",
+            "metaclip_2", "hiera")  # fmt: skip
+_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+# Fields of a configuration that make the architecture, under every name that the models give them. Not the whole
+# configuration: other versions of transformers write other defaults into it, and stores outlive versions.
+_ARCHITECTURE = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio", "hidden_act",
+    "layer_norm_eps", "patch_size", "image_size", "num_register_tokens", "depths", "hidden_sizes", "embed_dim",
+)  # fmt: skip
+
+
+def load(name: str, *, slug: str | None, size_policy: str | None, image_size: int | tuple[int, int] | None) -> Network:
+    """A hub id or a folder made by ``save_pretrained``."""
+    whole, missing = _load_model(name)
+    model, project = _vision_side(whole)
+    config = model.config
+    kind = str(config.model_type)
+    if "patch_embedding" in kind or kind == "siglip2_vision_model" or _is_naflex(model):
+        raise UsageError(f"{name}: models that take flattened patches of any aspect ratio have no fixed rows to store.")
+    patch = _edge(getattr(config, "patch_size", 1)) or 1
+    patch = 1 if _is_hierarchical(config) else patch
+    preprocessing = _preprocessing(name, config, kind)
+    if size_policy or image_size or kind in _NATIVE:
+        native = "pad" if kind in _NATIVE else None
+        preprocessing = preprocessing.with_policy(size_policy or native, image_size, patch)
+    prefix = _prefix_of(model, whole)
+    unfilled = _relative(missing, prefix)
+    pooler = frozenset(key for key in unfilled if "pooler" in key or key.startswith("head."))
+    if unfilled - pooler:
+        listed = ", ".join(sorted(unfilled - pooler)[:5])
+        raise UsageError(f"{name} does not hold all weights of a {kind} model: {listed} ... are missing.")
+    return Network(
+        source="transformers",
+        name=name,
+        slug=slug or Path(name).name,
+        model=model,
+        run=functools.partial(_run, model, _arguments(model), project, patch),
+        blocks=find_blocks(model),
+        norm=find_norm(model),
+        project=project,
+        n_cls=int(_has_class_token(model)),
+        n_registers=int(getattr(config, "num_register_tokens", 0) or 0),
+        patch=patch,
+        nominal=_nominal(config, patch),
+        pools=not pooler,
+        preprocessing=preprocessing,
+        config=_architecture(config),
+        without=pooler,
+    )
+
+
+def _load_model(name: str) -> tuple[nn.Module, frozenset[str]]:
+    import transformers
+
+    try:
+        with _no_progress_bars():
+            model, report = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unknown(name, error) from error
+    if getattr(model.config, "mask_ratio", None):
+        model.config.mask_ratio = 0.0  # a masked autoencoder that sees the whole image
+    # Every version loads in its own default dtype; float32 holds all of them exactly.
+    return model.float(), frozenset(report["missing_keys"])
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _unknown(name: str, error: Exception) -> UnknownName:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UnknownName(
+        "backbone",
+        name,
+        [
+            "a hub id of transformers such as facebook/dinov2-base (needs the network or the hub's cache)",
+            "a folder made by save_pretrained",
+            "open_clip:MODEL/TAG",
+            "timm:MODEL",
+            "torchvision:MODEL",
+        ],
+        f"the hub, its cache or the file system ({reason})",
+    )
+
+
+def _vision_side(whole: nn.Module) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor] | None]:
+    """The image tower of a two-tower model, with its projection; another model as it is."""
+    model = getattr(whole, "vision_model", whole)
+    projection = getattr(whole, "visual_projection", None)
+    if not hasattr(model, "config"):
+        model.config = getattr(whole.config, "vision_config", whole.config)
+    return model, projection if isinstance(projection, nn.Linear) else None
+
+
+def _prefix_of(model: nn.Module, whole: nn.Module) -> str:
+    return next((f"{name}." for name, module in whole.named_modules() if module is model and name), "")
+
+
+def _relative(missing: frozenset[str], prefix: str) -> frozenset[str]:
+    return frozenset(key.removeprefix(prefix) for key in missing if key.startswith(prefix))
+
+
+def _arguments(model: nn.Module) -> frozenset[str]:
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def _run(
+    model: nn.Module,
+    arguments: frozenset[str],
+    project: Callable[[torch.Tensor], torch.Tensor] | None,
+    patch: int,
+    batch: torch.Tensor,
+) -> torch.Tensor | None:
+    extra: dict[str, Any] = {}
+    if "interpolate_pos_encoding" in arguments:
+        extra["interpolate_pos_encoding"] = True
+    if "noise" in arguments:  # a masked autoencoder shuffles its patches by it: rising noise keeps them in order
+        patches = (batch.shape[2] // patch) * (batch.shape[3] // patch)
+        extra["noise"] = torch.arange(patches, device=batch.device, dtype=torch.float32).expand(len(batch), -1)
+    pooled = getattr(model(pixel_values=batch, **extra), "pooler_output", None)
+    if pooled is None:
+        return None
+    pooled = pooled.flatten(1)
+    return project(pooled) if project is not None else pooled
+
+
+def _preprocessing(name: str, config: Any, kind: str) -> Preprocessing:
+    import transformers
+
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError, KeyError):  # a folder without preprocessor_config.json
+        mean, std = _STATISTICS.get(kind, HALF)
+        edge = _edge(getattr(config, "image_size", None)) or 224
+        cropped = kind in ("clip", "clip_vision_model", "metaclip_2")
+        return Preprocessing(
+            policy="crop" if cropped else "resize",
+            mean=mean,
+            std=std,
+            resample="bicubic" if kind in _BICUBIC else "bilinear",
+            size=(edge, edge),
+            shortest=edge if cropped else None,
+        )
+    return _from_processor(processor)
+
+
+def _from_processor(processor: Any) -> Preprocessing:
+    mean, std = (_three(getattr(processor, field)) for field in ("image_mean", "image_std"))
+    if not getattr(processor, "do_normalize", True):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    size, crop = _mapping(processor.size), _mapping(getattr(processor, "crop_size", None))
+    resample = _RESAMPLING[int(getattr(processor, "resample", 2) or 2)]
+    shortest = size.get("shortest_edge")
+    if getattr(processor, "do_center_crop", False) and crop:
+        target = (int(crop["height"]), int(crop["width"]))
+        keep_aspect = shortest is not None
+        first = int(shortest if keep_aspect else size["height"]) if getattr(processor, "do_resize", True) else None
+        return Preprocessing(
+            policy="crop", mean=mean, std=std, resample=resample, size=target, shortest=first, keep_aspect=keep_aspect
+        )
+    if shortest is not None:  # a shortest edge without a crop gives no fixed size: take the square in its middle
+        edge = int(shortest)
+        fraction = float(getattr(processor, "crop_pct", None) or 1.0)
+        return Preprocessing(
+            policy="crop", mean=mean, std=std, resample=resample, size=(edge, edge), shortest=int(edge / fraction)
+        )
+    target = (int(size["height"]), int(size["width"]))
+    return Preprocessing(policy="resize", mean=mean, std=std, resample=resample, size=target)
+
+
+def _mapping(size: Any) -> dict[str, Any]:
+    """transformers writes sizes as a number, a dict or an object of its own."""
+    if size is None:
+        return {}
+    if isinstance(size, int):
+        return {"height": size, "width": size}
+    fields = size if isinstance(size, Mapping) else vars(size)
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    red, green, blue = [values] * 3 if isinstance(values, int | float) else values
+    return float(red), float(green), float(blue)
+
+
+def _edge(value: Any) -> int | None:
+    """Sizes are written as a number or as a pair."""
+    if value is None:
+        return None
+    return int(value[0] if isinstance(value, list | tuple) else value)
+
+
+def _nominal(config: Any, patch: int) -> tuple[int, int]:
+    edge = _edge(getattr(config, "image_size", None)) or 224
+    edge = max(patch, edge // patch * patch)
+    return edge, edge
+
+
+def _is_hierarchical(config: Any) -> bool:
+    """Stages of falling resolution: the patch that begins them says nothing about the rows that come out."""
+    return bool(getattr(config, "depths", None))
+
+
+def _is_naflex(model: nn.Module) -> bool:
+    return "spatial_shapes" in _arguments(model)
+
+
+def _has_class_token(model: nn.Module) -> bool:
+    names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    return bool(names & {"cls_token", "class_embedding", "class_token"})
+
+
+def _architecture(config: Any) -> dict[str, Any]:
+    found = {name: getattr(config, name) for name in _ARCHITECTURE if getattr(config, name, None) is not None}
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
