@@ -1,0 +1,366 @@
+"""A checkpoint is a folder: ``model.safetensors``, ``state.pt``, and ``manifest.json`` with their hashes, written last.
+
+It is written under a private name, flushed, read back, and renamed into place: what has its final name is whole, and
+what is not whole (a copy cut short, a bit that flipped) is noticed by its hashes and passed over by :func:`newest`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import xxhash
+
+from brainenc import atomic
+from brainenc.errors import CheckpointUnusable, NoSpace
+from brainenc.train.tensorfile import write_tensors
+
+VERSION = 1
+WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+_NAME = re.compile(r"(emergency_)?epoch(\d+)_step(\d+)")
+_BLOCK = 4 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """How far a run is. All else (place in the epoch, order of samples, random numbers) follows from it."""
+
+    step: int
+    """Finished optimizer steps."""
+    epoch: int
+    """Epoch of the last finished step, from 0."""
+    validated: int = 0
+    """Epochs whose validation is done."""
+    micro_batch: int = 0
+    """Largest number of samples in one forward; 0 when the run has not chosen yet."""
+    best: float | None = None
+    """Best ``val_perf`` so far."""
+
+    def name(self, *, emergency: bool = False) -> str:
+        """Name of this position's checkpoint folder."""
+        return f"{'emergency_' if emergency else ''}epoch{self.epoch}_step{self.step}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a checkpoint folder holds."""
+
+    position: Position
+    files: Mapping[str, Mapping[str, Any]]
+    """File name -> ``bytes`` and ``xxh3_128``."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Which features, responses and split the weights were trained on."""
+    reason: str = ""
+    """Why an emergency checkpoint was written."""
+    version: int = VERSION
+
+    def to_json(self) -> bytes:
+        """As written to ``manifest.json``."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True, default=str).encode() + b"\n"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contents:
+    """What goes into a checkpoint. Tensors are read when it is written, so they must hold still until then."""
+
+    position: Position
+    weights: Callable[[], Mapping[str, torch.Tensor]]
+    """``model.state_dict``, called when they are written: an encoder's state dict may be a copy in another order."""
+    optimizer: Mapping[str, Any]
+    """``optimizer.state_dict()``."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    random: Mapping[str, Any] = field(default_factory=dict)
+    """Seed, and how random numbers derive from it: no generator has a state that matters between two steps."""
+
+    def state(self) -> dict[str, Any]:
+        """What goes into ``state.pt``: plain containers, numbers and tensors, so that it loads with weights only."""
+        plain = json.loads(json.dumps({"config": self.config, "provenance": self.provenance}, default=str))
+        return {
+            "version": VERSION, "position": asdict(self.position), "optimizer": dict(self.optimizer),
+            "random": dict(self.random), **plain,
+        }  # fmt: skip
+
+
+def write(root: Path, contents: Contents, *, emergency: bool = False, reason: str = "", verify_it: bool = True) -> Path:
+    """Write a checkpoint below ``root``; durable and verified on return.
+
+    A whole checkpoint of the same position that is there already is kept; one that is not whole is replaced.
+
+    Raises:
+        NoSpace: the disk or quota is full; nothing is left behind.
+        CheckpointUnusable: what was read back is not what was written.
+        OSError: the folder cannot be written to.
+    """
+    final = root / contents.position.name(emergency=emergency)
+    if final.exists():
+        with contextlib.suppress(CheckpointUnusable):
+            verify(final)
+            return final
+    atomic.make_dirs(root)
+    partial = atomic.partial_name(final)
+    try:
+        partial.mkdir()
+        _fill(partial, contents, reason)
+        if verify_it:
+            verify(partial)
+        if final.exists():
+            discard(final)
+        os.rename(partial, final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another rank has just published the same position
+            shutil.rmtree(partial, ignore_errors=True)
+            verify(final)
+            return final
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno in _FULL:
+            raise NoSpace(
+                error.errno, f"No space left for a checkpoint in {root}: free some, or choose another place with --out."
+            ) from error
+        raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    atomic.fsync_dir(root)
+    return final
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _fill(folder: Path, contents: Contents, reason: str) -> None:
+    files = {}
+    with _Hashing(folder / WEIGHTS) as file:
+        write_tensors(file, contents.weights(), {"format": "pt", "made_by": "brainenc"})  # type: ignore[arg-type]
+    files[WEIGHTS] = file.entry()
+    with _Hashing(folder / STATE) as file:
+        torch.save(contents.state(), file)  # type: ignore[arg-type]
+    files[STATE] = file.entry()
+    manifest = Manifest(
+        position=contents.position, files=files, config=contents.config, provenance=contents.provenance, reason=reason
+    )
+    with open(folder / MANIFEST, "wb") as out:
+        out.write(manifest.to_json())
+        out.flush()
+        os.fsync(out.fileno())
+    atomic.fsync_dir(folder)
+
+
+class _Hashing:
+    """A file that hashes what is written to it, and is flushed to disk when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self._hash = xxhash.xxh3_128()
+        self._bytes = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        for start in range(0, len(data), _BLOCK):  # a block stays in cache between hash and copy
+            block = data[start : start + _BLOCK]
+            self._hash.update(block)
+            self._file.write(block)
+        self._bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def entry(self) -> dict[str, Any]:
+        return {"bytes": self._bytes, "xxh3_128": self._hash.hexdigest()}
+
+    def __enter__(self) -> _Hashing:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def verify(folder: Path) -> Manifest:
+    """Read a whole checkpoint and compare its hashes.
+
+    Raises:
+        CheckpointUnusable: it is torn, of another version, or its bytes are not those that were written.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointUnusable(f"{folder} is torn: {name} is missing.")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointUnusable(f"{folder} is torn: {name} has {size} bytes, its manifest says {entry['bytes']}.")
+        if _hash(path) != entry["xxh3_128"]:
+            raise CheckpointUnusable(f"{folder} is damaged: the bytes of {name} are not those that were written.")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone, its files unchecked.
+
+    Raises:
+        CheckpointUnusable: there is none, or it is of another version.
+    """
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes())
+        if found["version"] != VERSION:
+            raise CheckpointUnusable(
+                f"{folder} has version {found['version']} of the checkpoint format, this brainenc reads {VERSION}: "
+                "use the brainenc that wrote it."
+            )
+        return Manifest(**{**found, "position": Position(**found["position"])})
+    except FileNotFoundError as error:
+        raise CheckpointUnusable(f"{folder} is torn: it has no {MANIFEST}, which is written last.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointUnusable(f"{folder} is torn: its {MANIFEST} cannot be read ({error}).") from error
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """A checkpoint on disk, by its name alone."""
+
+    folder: Path
+    epoch: int
+    step: int
+    emergency: bool
+
+
+def list_checkpoints(root: Path) -> list[Found]:
+    """Every folder named as a checkpoint, newest step first; of one step, the regular one first."""
+    named = [(path, _NAME.fullmatch(path.name)) for path in (root.iterdir() if root.is_dir() else ())]
+    found = [
+        Found(folder=path, emergency=bool(match[1]), epoch=int(match[2]), step=int(match[3]))
+        for path, match in named
+        if match and path.is_dir()
+    ]
+    return sorted(found, key=lambda f: (-f.step, f.emergency))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """The newest checkpoint that verifies, and those that were passed over."""
+
+    folder: Path | None
+    manifest: Manifest | None
+    skipped: tuple[str, ...]
+    """Why each newer one was passed over."""
+
+
+def newest(roots: Iterable[Path]) -> Choice:
+    """The newest checkpoint in any of the folders that verifies."""
+    skipped: list[str] = []
+    candidates = sorted((c for root in roots for c in list_checkpoints(root)), key=lambda f: (-f.step, f.emergency))
+    for candidate in candidates:
+        try:
+            return Choice(folder=candidate.folder, manifest=verify(candidate.folder), skipped=tuple(skipped))
+        except CheckpointUnusable as error:
+            skipped.append(str(error))
+        except OSError as error:
+            skipped.append(f"{candidate.folder} cannot be read: {error}.")
+    return Choice(folder=None, manifest=None, skipped=tuple(skipped))
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """``state.pt``, with its tensors mapped and not copied."""
+    state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
+    return state
+
+
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Load the weights of a checkpoint into a model.
+
+    Raises:
+        CheckpointUnusable: names or shapes are not those of the model; those that differ are listed.
+    """
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS, framework="pt", device="cpu") as file:
+        names = list(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        check_keys(folder, shapes, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+        model.load_state_dict({name: file.get_tensor(name) for name in names})
+
+
+def load_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Copy an optimizer's state over the one that was allocated for it.
+
+    Args:
+        state: ``state.pt``.
+        optimizer: of the same parameters, its state allocated.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    with torch.no_grad():
+        for number, saved in state["optimizer"]["state"].items():
+            for name, value in saved.items():
+                optimizer.state[parameters[int(number)]][name].copy_(value)
+
+
+def check_keys(where: object, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the tensors of a checkpoint with those of a model, by name and shape.
+
+    Raises:
+        CheckpointUnusable: they differ.
+    """
+    differences = [f"{n}: missing in the checkpoint" for n in wanted if n not in found]
+    differences += [f"{n}: unknown to the model" for n in found if n not in wanted]
+    differences += [
+        f"{n}: {found[n]} in the checkpoint, {wanted[n]} in the model"
+        for n in wanted
+        if n in found and found[n] != wanted[n]
+    ]
+    if differences:
+        shown = "; ".join(differences[:8]) + (f"; and {len(differences) - 8} more" if len(differences) > 8 else "")
+        raise CheckpointUnusable(
+            f"{where} is a checkpoint of another model: {shown}. Use the configuration it was trained with, or start "
+            "a new run with another --out."
+        )
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint, manifest first: a half-removed one must not look whole."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(folder / MANIFEST)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def prune(root: Path, *, keep: int, best: str | None = None) -> list[Path]:
+    """Remove regular checkpoints but the newest ``keep`` and the best, and emergency ones but the newest.
+
+    Call it after a newer one is durable, never before.
+    """
+    found = list_checkpoints(root)
+    regular = [f for f in found if not f.emergency]
+    spare = [f.folder for f in regular[keep:] if f.folder.name != best]
+    spare += [f.folder for f in found if f.emergency][1:]
+    for folder in spare:
+        discard(folder)
+    return spare
+
+
+def sweep(root: Path) -> None:
+    """Remove what writers that died left behind. Only while nobody writes there."""
+    for path in root.glob(".*.partial"):
+        shutil.rmtree(path, ignore_errors=True)

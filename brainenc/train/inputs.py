@@ -1,0 +1,146 @@
+"""From a subject folder and features to numbered samples: matched by stimulus id, checked, and split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from brainenc.datasets.algonauts import Subject
+from brainenc.errors import DataError, UsageError
+from brainenc.featurestore.store import open_store
+from brainenc.train.config import TrainConfig
+from brainenc.train.data import Samples, View
+from brainenc.train.features import FeatureLayout, RowLayout, split_part
+from brainenc.train.order import Rows, n_training, permutation, split_indices
+
+Split = Literal["train", "test"]
+
+OpenViews = Callable[[Split], Sequence[View]]
+"""Opens the features of a split, one view for each feature of the configuration. Must pickle: workers call it."""
+
+_SHUFFLE_STREAM = 0x5C0FF1E
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class StoredViews:
+    """The configured features in the store."""
+
+    config: TrainConfig
+
+    def __call__(self, split: Split) -> Sequence[View]:
+        """Open them.
+
+        Raises:
+            KeyNotFound: a feature that the store does not have.
+        """
+        if self.config.store is None:
+            raise UsageError("Training needs --store, or --on-the-fly with --backbone.")
+        store = open_store(self.config.store)
+        return [store[key] for key in keys(self.config, split)]
+
+
+def keys(config: TrainConfig, split: Split) -> list[str]:
+    """Keys of the configured features: ``<stimuli>/<backbone>/<layer>.<facet>``, the stimulus set put before them."""
+    given = config.stimuli if split == "train" else config.test_stimuli
+    stimuli = given or f"{Path(config.subject_dir).name}-{split}"
+    names = [split_part(feature)[0] for feature in config.features]
+    return [name if name.count("/") >= 2 else f"{stimuli}/{name}" for name in names]
+
+
+def open_samples(config: TrainConfig, subject: Subject, open_views: OpenViews, split: Split = "train") -> Samples:
+    """Number the subject's images and say where each one's features and responses lie.
+
+    Samples are numbered in the order of the images; those whose features are missing in the store are in it, and
+    :func:`usable` says which they are.
+
+    Raises:
+        UsageError: no features, or features on different grids.
+        DataError: images without features, or responses that do not match the images.
+    """
+    if not config.features:
+        raise UsageError("Training needs at least one --feature, such as dinov2-base/11.q.")
+    ids = subject.ids(split)
+    views = open_views(split)
+    responses = None if split == "test" else (subject.responses("lh", split), subject.responses("rh", split))
+    layouts = [
+        RowLayout.of(name, view.shape[1:], view.details, split_part(name)[1])
+        for name, view in zip(config.features, views, strict=True)
+    ]
+    rows = np.arange(len(ids), dtype=np.int64)
+    if config.shuffle_responses and split == "train":
+        rows = permutation(len(ids), config.seed, _SHUFFLE_STREAM)
+    matched = [_match(ids, view, name, subject, split) for view, name in zip(views, config.features, strict=True)]
+    return Samples(
+        views=views, feature_rows=matched, responses=responses, response_rows=rows, ids=ids,
+        layout=FeatureLayout.of(layouts),
+    )  # fmt: skip
+
+
+def _match(ids: Sequence[str], view: View, name: str, subject: Subject, split: Split) -> Rows:
+    """The row of each stimulus, by id."""
+    rows = {stimulus: row for row, stimulus in enumerate(view.ids)}
+    if absent := [i for i in ids if i not in rows]:
+        shown = ", ".join(absent[:_SHOWN]) + (" ..." if len(absent) > _SHOWN else "")
+        raise DataError(
+            f"{len(absent)} of the {len(ids)} {split} images of {subject.folder} have no row in the feature {name!r} "
+            f"({len(rows)} rows): {shown}. The features were made from other images, or ids were given in another "
+            f"form; wanted ids such as {ids[0]!r}, the store has ids such as {next(iter(rows), '')!r}. Extract again "
+            "from this folder, or name the right stimulus set with --stimuli."
+        )
+    return np.array([rows[i] for i in ids], dtype=np.int64)
+
+
+def usable(samples: Samples) -> npt.NDArray[np.bool_]:
+    """Mask of the samples whose features are all there."""
+    mask = np.ones(len(samples), dtype=bool)
+    for view, rows in zip(samples.views, samples.feature_rows, strict=True):
+        present: Any = getattr(view, "present", None)
+        if present is not None:
+            mask &= np.asarray(present)[rows]
+    return mask
+
+
+def split_samples(samples: Samples, indices: Rows) -> tuple[Rows, Rows]:
+    """Sample numbers for training and for validation: first ``round(0.9 n)`` of ``indices``, and the rest.
+
+    Samples without features are left out after the split, so that others keep their side.
+
+    Raises:
+        DataError: nothing is left on a side.
+    """
+    here = usable(samples)
+    first = n_training(len(indices))
+    train, val = (part[here[part]] for part in (indices[:first], indices[first:]))
+    if not len(train) or not len(val):
+        raise DataError(
+            f"{len(samples)} images, {int(here.sum())} of them with features, leave {len(train)} for training and "
+            f"{len(val)} for validation. Both need at least one."
+        )
+    return train, val
+
+
+def read_split(config: TrainConfig, n: int) -> Rows:
+    """The permutation of a run: from ``--split``, else by its seed.
+
+    Raises:
+        DataError: the file holds no permutation of the images.
+    """
+    if config.split is None:
+        return split_indices(n, config.seed)
+    try:
+        found = np.load(config.split, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--split {config.split} cannot be read: {error}.") from error
+    if found.shape != (n,) or not np.array_equal(np.sort(found), np.arange(n)):
+        raise DataError(
+            f"--split {config.split} holds an array of shape {found.shape}, wanted each of the numbers 0 to {n - 1} "
+            f"once: the {n} training images in random order, those for training first."
+        )
+    indices: Rows = found.astype(np.int64)
+    return indices

@@ -1,0 +1,457 @@
+"""The training loop of one rank: steps, validation, checkpoints, and the ways to end. Knows no Ray and no cluster.
+
+Every rank runs this same code and does the same number of exchanges, whatever happens to one of them: what went wrong
+or was ordered travels in the status word, and all ranks draw the same verdict from the same words.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from brainenc.errors import BrainencError, LossNotFinite, TrainingFailed
+from brainenc.guard.messages import NullGuard, Order, OutOfTime, StepGuard
+from brainenc.scoring import StreamingPearson, mean_r, val_perf
+from brainenc.train.checkpoint import Contents, Position
+from brainenc.train.data import Batch, Loader
+from brainenc.train.saver import Saver
+from brainenc.train.schedule import Clock, learning_rate
+from brainenc.train.status import Trouble, Verdict, Wish, Word, decide
+from brainenc.train.step import Stepper, is_out_of_memory
+from brainenc.train.team import RankLost, Team
+
+Floats = npt.NDArray[np.float64]
+
+
+class Drill(Protocol):
+    """Faults on purpose."""
+
+    def at(self, *, step: int, rank: int) -> None:
+        """Called before the local work of each step; may raise, signal, or do nothing."""
+        ...
+
+
+class NoDrill:
+    """No faults."""
+
+    def at(self, *, step: int, rank: int) -> None:
+        """Nothing happens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitSettings:
+    """How long, how fast, and what is written down."""
+
+    epochs: int
+    learning_rate: float
+    lr_drop: int
+    lr_gamma: float
+    log_every: int = 1
+    snapshot_every_s: float = 15.0
+    checkpoint_every_s: float = 300.0
+    config: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    random: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hooks:
+    """What a fit talks to besides the other ranks; the defaults talk to nobody."""
+
+    guard: StepGuard = field(default_factory=NullGuard)
+    record: Callable[[Mapping[str, Any]], None] = lambda fields: None
+    """Rank 0: one object for ``metrics.jsonl`` and trackers."""
+    note: Callable[[str], None] = lambda text: None
+    """A line for a person."""
+    scored: Callable[[Floats, Floats, Position], None] = lambda lh, rh, position: None
+    """Rank 0: r of each vertex, after a validation that is the best so far."""
+    drill: Drill = field(default_factory=NoDrill)
+    clock: Callable[[], float] = time.monotonic
+
+
+Status = Literal["done", "stopped", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a fit ended, the same on every rank."""
+
+    status: Status
+    position: Position
+    reason: str = ""
+    checkpoint: str = ""
+    """The emergency checkpoint, where one was written."""
+    error: BrainencError | None = None
+
+
+class Fit:
+    """Trains and validates.
+
+    Args:
+        stepper: model, optimizer and step.
+        team: the ranks.
+        train: loader of the training samples.
+        val: loader of the validation samples.
+        saver: writes this rank's state.
+        settings: see there.
+        position: where to begin.
+        hooks: see there.
+        steps_per_epoch: of the training order.
+        val_steps: global batches of a validation.
+        vertices: (V_lh, V_rh).
+    """
+
+    def __init__(
+        self, *, stepper: Stepper, team: Team, train: Loader, val: Loader, saver: Saver, settings: FitSettings,
+        position: Position, steps_per_epoch: int, val_steps: int, vertices: tuple[int, int], hooks: Hooks | None = None,
+    ) -> None:  # fmt: skip
+        self.position = position
+        self._stepper, self._team, self._train, self._val, self._saver = stepper, team, train, val, saver
+        self._settings, self._hooks = settings, hooks or Hooks()
+        self._steps_per_epoch, self._val_steps, self._vertices = steps_per_epoch, val_steps, vertices
+        self._snapshots = Clock(every_s=settings.snapshot_every_s, longest_s=25.0)
+        self._checkpoints = Clock(every_s=settings.checkpoint_every_s)
+        self._failure = ""
+        """What went wrong here since the last exchange."""
+        self._broken = False
+        self._order: Order | None = None
+        self._on_the_spot = ""
+
+    # ------------------------------------------------------------------ epochs
+
+    def run(self) -> Outcome:
+        """Train to the end, or to the first reason to stop."""
+        for clock in (self._snapshots, self._checkpoints):
+            clock.start(self._hooks.clock())
+        for epoch in range(self.position.validated, self._settings.epochs):
+            ended = self._train_epoch(epoch) or self._validate(epoch)
+            if ended is not None:
+                return ended
+        self._saver.wait()
+        return Outcome(status="done", position=self.position)
+
+    def _train_epoch(self, epoch: int) -> Outcome | None:
+        first, last = self.position.step, (epoch + 1) * self._steps_per_epoch
+        batches = self._train.run(first, last)
+        try:
+            for _ in range(first, last):
+                if (ended := self._step(batches, epoch)) is not None:
+                    return ended
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+        return None
+
+    # ------------------------------------------------------------------ one step
+
+    def _step(self, batches: Iterator[Batch], epoch: int) -> Outcome | None:
+        """One optimizer step, tried again with half the micro-batch as often as memory wants it."""
+        batch: Batch | None = None
+        began = time.perf_counter()
+        while True:
+            word = self._word()
+            try:
+                if batch is None:
+                    batch = next(batches)
+                    word = replace(word, waited=self._train.waited)
+                self._hooks.drill.at(step=self.position.step, rank=self._team.rank)
+                loss = self._stepper.local(batch, self.position.step)
+                word = replace(word, loss=loss, samples=batch.count)
+                if not math.isfinite(loss):
+                    word = self._not_finite(word, loss, batch)
+            except OutOfTime as stop:
+                word = self._out_of_time(word, stop)
+            except Exception as error:
+                word = self._local_failure(word, error)
+            verdict = decide(self._team.exchange(self._with_wishes(word).row()))
+            if verdict.go:
+                ended = self._go(verdict, epoch, began, batch)
+                return ended if ended is not None else self._after(verdict)
+            if (ended := self._after(verdict)) is not None:
+                return ended
+
+    def _word(self) -> Word:
+        now = self._hooks.clock()
+        first = self._team.rank == 0 and not self._saver.busy
+        return Word(
+            step=self.position.step,
+            trouble=Trouble.BROKEN if self._broken else Trouble.NONE,
+            micro_batch=self._stepper.micro_batch,
+            snapshot=int(first and self._saver.can_snapshot and self._snapshots.due(now)),
+            save=int(first and self._checkpoints.due(now)),
+        )
+
+    def _with_wishes(self, word: Word) -> Word:
+        """Ask the guard, as late as possible before the exchange."""
+        self._order = self._hooks.guard.pending() or self._order
+        order = self._order
+        if order is None:
+            return word
+        if order.urgent and order.kind == "stop" and not self._on_the_spot and not self._broken:
+            self._save_on_the_spot(order.reason)
+        return replace(word, wish=max(word.wish, Wish[order.kind.upper()]))
+
+    def _go(self, verdict: Verdict, epoch: int, began: float, batch: Batch | None) -> Outcome | None:
+        """Gradients and weights. What fails here is told at the next exchange: the others have gone on already."""
+        rate = learning_rate(
+            self._settings.learning_rate, epoch, drop=self._settings.lr_drop, gamma=self._settings.lr_gamma
+        )
+        norm = 0.0
+        try:
+            norm = self._stepper.update(rate, self._hooks.guard.updating)
+        except RankLost:
+            raise
+        except Exception as error:
+            self._broken, self._failure = True, _told(error)
+        if not math.isfinite(norm):
+            self._failure = f"the gradient of step {self.position.step} has the norm {norm}{_ids(batch)}"
+            return self._end(replace(verdict, trouble=Trouble.NOT_FINITE, go=False, save=False))
+        self.position = replace(self.position, step=self.position.step + 1, epoch=epoch)
+        self._hooks.guard.beat(epoch=epoch, step=self.position.step)
+        if self._team.rank == 0 and self.position.step % self._settings.log_every == 0:
+            took = max(time.perf_counter() - began, 1e-9)
+            self._hooks.record({
+                "epoch": epoch, "step": self.position.step, "split": "train", "loss": verdict.loss, "lr": rate,
+                "grad_norm": norm, "samples_per_s": verdict.samples / took,
+                "data_wait_share": min(1.0, verdict.waited / took), "micro_batch": self._stepper.micro_batch,
+            })  # fmt: skip
+        return None
+
+    # ------------------------------------------------------------------ trouble on this rank
+
+    def _not_finite(self, word: Word, loss: float, batch: Batch) -> Word:
+        self._failure = f"the loss of step {self.position.step} is {loss}{_ids(batch)}"
+        return replace(word, trouble=max(word.trouble, Trouble.NOT_FINITE), loss=0.0)
+
+    def _local_failure(self, word: Word, error: Exception) -> Word:
+        """Void gradients, whole weights. The traceback is cut loose: its frames hold the tensors that did not fit."""
+        short = is_out_of_memory(error)
+        self._failure = _told(error)
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        if short:
+            self._stepper.relieve()
+        trouble = Trouble.OUT_OF_MEMORY if short else Trouble.ERROR
+        return replace(word, trouble=max(word.trouble, trouble))
+
+    def _out_of_time(self, word: Word, stop: OutOfTime) -> Word:
+        """The guard saw memory run out before the step would end: save first, then tell the others."""
+        traceback.clear_frames(stop.__traceback__)
+        self._stepper.relieve()
+        self._order = stop.order or self._order
+        self._failure = str(stop)
+        if not self._broken:
+            self._save_on_the_spot(str(stop))
+        return replace(word, trouble=max(word.trouble, Trouble.OUT_OF_MEMORY), wish=Wish.STOP)
+
+    def _save_on_the_spot(self, reason: str) -> None:
+        """Save the last finished step without waiting for anybody."""
+        try:
+            self._on_the_spot = str(self._saver.emergency(self._contents(), reason))
+        except BrainencError as error:
+            self._hooks.note(str(error))
+            self._hooks.guard.saved(path="", step=self.position.step, epoch=self.position.epoch, error=str(error))
+        else:
+            self._hooks.guard.saved(path=self._on_the_spot, step=self.position.step, epoch=self.position.epoch)
+
+    # ------------------------------------------------------------------ after the verdict
+
+    def _after(self, verdict: Verdict) -> Outcome | None:
+        """Snapshots, checkpoints, shrinking, stopping: the same on all ranks."""
+        if verdict.snapshot and not verdict.stop:
+            self._take_snapshot()
+        if verdict.stop:
+            return self._end(verdict)
+        if verdict.wish:
+            self._emergency(verdict, self._reason(verdict))
+            self._order = None
+        elif verdict.save:
+            self._checkpoint()
+        if verdict.shrink:
+            self._shrink(verdict)
+        return None
+
+    def _take_snapshot(self) -> None:
+        cost = 0.0
+        if self._team.local_rank == 0 and self._saver.can_snapshot and not self._saver.busy:
+            cost = self._saver.snapshot(self._contents())
+        self._snapshots.done(self._hooks.clock(), cost)
+
+    def _checkpoint(self, *, best: bool = False) -> None:
+        if self._team.rank == 0:
+            self._saver.checkpoint(self._contents(), best=best)
+        now = self._hooks.clock()
+        self._checkpoints.done(now, 0.0)
+        self._snapshots.done(now, 0.0)
+
+    def _shrink(self, verdict: Verdict) -> None:
+        self._stepper.shrink()
+        self.position = replace(self.position, micro_batch=self._stepper.micro_batch)
+        why = "ran out of memory" if verdict.trouble else "was asked to use less memory"
+        if self._team.rank == 0:
+            self._hooks.note(
+                f"Rank {', '.join(map(str, verdict.who))} {why} at step {self.position.step}: micro-batches of "
+                f"{self._stepper.micro_batch} from here on, accumulated to the same batch."
+            )
+
+    def _emergency(self, verdict: Verdict, reason: str) -> tuple[str, str]:
+        """Have the first rank that can write a whole copy; all ranks hear where it lies, or why there is none."""
+        answer = ""
+        for writer in verdict.healthy:
+            mine = ""
+            if self._team.rank == writer:
+                try:
+                    mine = str(self._saver.emergency(self._contents(), reason))
+                except BrainencError as error:
+                    mine = f"!{error}"
+            answer = self._team.exchange_text(mine)[writer]
+            if not answer.startswith("!"):
+                break
+        path, error = ("", answer[1:]) if answer.startswith("!") or not answer else (answer, "")
+        self._hooks.guard.saved(path=path, step=self.position.step, epoch=self.position.epoch, error=error)
+        return path, error
+
+    def _reason(self, verdict: Verdict) -> str:
+        mine = self._order.reason if self._order else ""
+        told = self._team.exchange_text(mine)
+        return next((text for text in told if text), verdict.wish.name.lower())
+
+    def _end(self, verdict: Verdict) -> Outcome:
+        """Stop here, at the same step on all ranks."""
+        what = next((text for text in self._team.exchange_text(self._failure) if text), "") if verdict.trouble else ""
+        path, unsaved = "", ""
+        reason = what or self._reason(verdict)
+        if verdict.save or verdict.wish == Wish.STOP:
+            path, unsaved = self._emergency(verdict, reason)
+        self._settle()
+        error = _error(verdict, what, self.position) if verdict.trouble and verdict.wish != Wish.STOP else None
+        if unsaved and error is None:
+            error = TrainingFailed(f"Stopped at step {self.position.step} ({reason}), but nothing was saved: {unsaved}")
+        status: Status = "failed" if error else "stopped"
+        return Outcome(
+            status=status, position=self.position, reason=reason, checkpoint=path or self._on_the_spot, error=error
+        )
+
+    def _settle(self) -> None:
+        """A write in hand may fail now without harm: the emergency checkpoint is newer."""
+        try:
+            self._saver.wait()
+        except Exception as error:
+            self._hooks.note(f"A checkpoint in the background failed: {error}")
+
+    def _contents(self) -> Contents:
+        position = replace(self.position, micro_batch=self._stepper.micro_batch)
+        return Contents(
+            position=position, weights=self._stepper.model.state_dict,
+            optimizer=self._stepper.optimizer.state_dict(), config=self._settings.config,
+            provenance=self._settings.provenance, random=self._settings.random,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ validation
+
+    def _validate(self, epoch: int) -> Outcome | None:
+        """Loss and correlation on the validation samples, each rank on its share; then a checkpoint."""
+        scores = tuple(StreamingPearson(n, threads=1) for n in self._vertices)
+        loss, samples = 0.0, 0
+        batches = self._val.run(0, self._val_steps)
+        try:
+            for _ in range(self._val_steps):
+                verdict, ended = self._validation_step(batches, scores)
+                if ended is not None:
+                    return ended
+                loss, samples = loss + verdict.loss * verdict.samples, samples + verdict.samples
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+        self._finish_validation(epoch, loss / max(1, samples), scores)
+        return None
+
+    def _validation_step(
+        self, batches: Iterator[Batch], scores: tuple[StreamingPearson, ...]
+    ) -> tuple[Verdict, Outcome | None]:
+        batch: Batch | None = None
+        while True:
+            word, predicted = self._word(), []
+            try:
+                if batch is None:
+                    batch = next(batches)
+                total, predicted = self._predict(batch)
+                word = replace(word, loss=total, samples=batch.count)
+            except OutOfTime as stop:
+                word = self._out_of_time(word, stop)
+            except Exception as error:
+                word = self._local_failure(word, error)
+            verdict = decide(self._team.exchange(self._with_wishes(replace(word, snapshot=0, save=0)).row()))
+            if verdict.go:
+                for side, outs, targets in predicted:
+                    scores[side].update(outs, targets)
+            if (ended := self._after(verdict)) is not None or verdict.go:
+                return verdict, ended
+
+    def _predict(self, batch: Batch) -> tuple[float, list[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]]:
+        """The loss summed over samples, and (hemisphere, predicted, measured) of each micro-batch."""
+        total, found = 0.0, []
+        for first in range(0, batch.count, self._stepper.micro_batch):
+            last = min(first + self._stepper.micro_batch, batch.count)
+            loss, outs, targets = self._stepper.evaluate(*batch.part(first, last))
+            total += loss * (last - first)
+            for side, (out, target) in enumerate(zip(outs, targets, strict=True)):
+                found.append((side, out.cpu().numpy(), target.cpu().numpy()))
+        return total, found
+
+    def _finish_validation(self, epoch: int, loss: float, scores: tuple[StreamingPearson, ...]) -> None:
+        r_lh, r_rh = (_merged(score, self._team).r() for score in scores)
+        perf = val_perf(r_lh, r_rh)
+        best = self.position.best is None or perf > self.position.best
+        self.position = replace(self.position, validated=epoch + 1, best=perf if best else self.position.best)
+        if self._team.rank == 0:
+            self._hooks.record({
+                "epoch": epoch, "step": self.position.step, "split": "val", "loss": loss, "r_lh": mean_r(r_lh),
+                "r_rh": mean_r(r_rh), "val_perf": perf, "best": best,
+            })  # fmt: skip
+            if best:
+                self._hooks.scored(r_lh, r_rh, self.position)
+        self._checkpoint(best=best)
+
+
+def _merged(score: StreamingPearson, team: Team) -> StreamingPearson:
+    """Every rank's part, joined in the order of ranks, one at a time so that memory does not grow with them."""
+    if team.size == 1:
+        return score
+    mine = score.state()
+    whole = StreamingPearson(score.n_vertices, threads=1)
+    for rank in range(team.size):
+        part = team.sum_array(mine if rank == team.rank else np.zeros_like(mine))
+        whole.merge(StreamingPearson.from_state(part))
+    return whole
+
+
+def _told(error: BaseException) -> str:
+    return str(error) if isinstance(error, BrainencError) else f"{type(error).__name__}: {error}"
+
+
+def _ids(batch: Batch | None) -> str:
+    return f" on the samples {', '.join(batch.ids)}" if batch is not None else ""
+
+
+def _error(verdict: Verdict, what: str, position: Position) -> BrainencError:
+    ranks = ", ".join(map(str, verdict.who))
+    last = f"The last finished step is {position.step}"
+    if verdict.trouble == Trouble.NOT_FINITE:
+        return LossNotFinite(
+            f"Training stopped: {what}. The weights of step {position.step} are finite, and the last good checkpoint "
+            "is the newest in the run's checkpoints. Look at those samples' responses and features, lower "
+            "--learning-rate, or train in float32."
+        )
+    if verdict.trouble == Trouble.OUT_OF_MEMORY:
+        return TrainingFailed(
+            f"Rank {ranks} ran out of memory with one sample at a time: {what}. {last}. Use fewer workers on this "
+            "machine, a smaller --hidden, or features with fewer tokens."
+        )
+    when = "in the update after the others had gone on" if verdict.trouble == Trouble.BROKEN else "in its own part"
+    return TrainingFailed(f"Rank {ranks} failed {when} of step {position.step}: {what}. {last}.")

@@ -1,0 +1,96 @@
+"""Names in a run folder, built here and nowhere else, and the small files that point and number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from brainenc import atomic, records
+from brainenc.errors import UsageError
+from brainenc.train.config import TrainConfig
+
+
+class RunFolder:
+    """``RUN``: configuration, records, checkpoints, predictions. Driver and workers; a path, nothing open."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.guard_file = self.path / "guard.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.predictions = self.path / "predictions"
+        self.split_file = self.path / "idxs.npy"
+        self.ray = self.path / ".ray"
+        self.snapshots = self.path / ".snapshots"
+        self.scores_file = self.path / "scores.json"
+
+    def create(self, config: TrainConfig) -> None:
+        """Make the folder of a new run.
+
+        Raises:
+            UsageError: there is a run already.
+        """
+        if self.config_file.exists():
+            raise UsageError(
+                f"{self.path} holds a run already. Go on with it by `brainenc train --resume {self.path}`, or choose "
+                "another --out."
+            )
+        for folder in (self.path, self.checkpoints):
+            atomic.make_dirs(folder)
+        atomic.replace(self.config_file, config.to_yaml().encode())
+
+    def config(self) -> TrainConfig:
+        """The configuration of the run.
+
+        Raises:
+            UsageError: no run here.
+        """
+        try:
+            return TrainConfig.from_yaml(self.config_file.read_text())
+        except FileNotFoundError:
+            raise UsageError(
+                f"{self.path} is no run folder: it has no {self.config_file.name}. Give what --out was, as in "
+                "`brainenc train --resume runs/first`."
+            ) from None
+
+    def next_run(self) -> int:
+        """One more than the highest ``run`` counter in the records, so that lines of this run win over older ones."""
+        if not self.metrics_file.exists():
+            return 0
+        return 1 + max((int(r.get("run", 0)) for r in records.read(self.metrics_file)), default=-1)
+
+    def point(self, which: str, **fields: Any) -> None:
+        """Write ``checkpoints/<which>.json``: ``last`` or ``best``."""
+        atomic.replace(self.checkpoints / f"{which}.json", json.dumps(fields, indent=1).encode() + b"\n")
+
+    def pointed(self, which: str) -> dict[str, Any] | None:
+        """What :meth:`point` wrote, None when there is nothing whole."""
+        try:
+            found = json.loads((self.checkpoints / f"{which}.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Records of the run as if it had never been interrupted.
+
+        A newer run went on from some step: what an older one wrote from there on is superseded.
+        """
+        if not self.metrics_file.exists():
+            return
+        lines = [line for line in records.read(self.metrics_file) if "split" in line]
+        began: dict[int, tuple[int, bool]] = {}
+        for line in lines:
+            run = int(line.get("run", 0))
+            began[run] = min(began.get(run, _place(line)), _place(line))
+        for line in lines:
+            if all(_place(line) < place for run, place in began.items() if run > int(line.get("run", 0))):
+                yield line
+
+
+def _place(line: dict[str, Any]) -> tuple[int, bool]:
+    """Order of a record in a run: by step, and validation after the training step that it follows."""
+    return int(line.get("step", 0)), line["split"] != "train"
