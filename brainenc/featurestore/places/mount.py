@@ -81,7 +81,7 @@ class MountPlace:
     # ---- reading
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
-        """See :meth:`~brainenc.featurestore.places.base.Place.read`. Plain reads: an I/O error is an error, not a kill."""
+        """See :meth:`~brainenc.featurestore.places.base.Place.read`. Plain reads: an I/O error is no kill."""
         path = self._path(name)
         return self._patience.call(f"Reading {path}", lambda _: _read(path, start, end))
 
@@ -195,7 +195,7 @@ class MountPlace:
         if self._confirmed is None:
             self._confirmed = set()
             for file in (self._root / _LEDGER).glob("*.txt"):
-                text = self._patience.call(f"Reading {file}", lambda _, file=file: _read(file, 0, None))
+                text = self._slurp(file)
                 if hashlib.sha256(text).hexdigest()[:24] == file.stem:  # else it was cut on its way: verify again
                     self._confirmed.update(text.decode().splitlines())
         return self._confirmed
@@ -233,7 +233,7 @@ class MountPlace:
             ) from error
 
     def _give_name(self, aside: Path, path: Path, name: str) -> bool:
-        """Rename without replacing, as far as this machine goes: mounts know no links, and no locks between machines."""
+        """Rename without replacing, as far as this machine goes: a mount has no links, and no locks across machines."""
         with self._exclusive():
             if path.exists():
                 return False
@@ -243,9 +243,12 @@ class MountPlace:
             os.rename(aside, path)
         return True
 
+    def _slurp(self, path: Path) -> bytes:
+        return self._patience.call(f"Reading {path}", lambda _: _read(path, 0, None))
+
     def _holds(self, path: Path, data: bytes) -> bool:
         try:
-            return _read(path, 0, None) == data
+            return self._slurp(path) == data
         except FileNotFoundError:
             return False
 

@@ -8,6 +8,7 @@ request are used; the requests are made here.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import logging
 import os
@@ -31,6 +32,13 @@ _PART = 16 * 2**20
 _BINARY = "application/octet-stream"
 
 logging.getLogger("gcsfs").addHandler(logging.NullHandler())  # else its retries print tracebacks that are no news
+
+
+class _Body(io.BytesIO):
+    """A request's body that survives being sent: aiohttp closes what it sent, and gcsfs may have to send it again."""
+
+    def close(self) -> None:
+        """Left to the garbage collector."""
 
 
 class _Crc32c:
@@ -82,7 +90,7 @@ class GcsService:
             )
         )
         self._call(
-            limit, "POST", self._upload_url(), uploadType="multipart", ifGenerationMatch="0", data=body,
+            limit, "POST", self._upload_url(), uploadType="multipart", ifGenerationMatch="0", data=_Body(body),
             headers={"Content-Type": f"multipart/related; boundary={boundary}"},
         )  # fmt: skip
 
@@ -115,7 +123,7 @@ class GcsService:
     def _send_part(self, location: str, part: bytes, start: int, size: int, limit: float) -> int:
         """Send one part; returns how many bytes of the file the server has now."""
         span = f"bytes {start}-{start + len(part) - 1}/{size}"
-        headers, answer = self._call(limit, "PUT", location, headers={"Content-Range": span}, data=part)
+        headers, answer = self._call(limit, "PUT", location, headers={"Content-Range": span}, data=_Body(part))
         if answer and b"storage#object" in answer:
             return size
         kept = re.fullmatch(r"bytes=0-(\d+)", headers.get("Range", ""))

@@ -39,7 +39,6 @@ class FsspecService:
         with _creating:
             if self._fs.exists(path):
                 raise FileExistsError(path)
-            self._fs.makedirs(self._fs._parent(path), exist_ok=True)
             self._fs.pipe_file(path, data)
 
     def put_file(self, key: str, path: Path, token: str, limit: float) -> None:

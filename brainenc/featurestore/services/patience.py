@@ -18,7 +18,7 @@ from brainenc.featurestore.services.redact import redact
 
 T = TypeVar("T")
 
-_ANSWERED = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_ANSWERED = (FileNotFoundError, FileExistsError)
 _CLIENTS = {"aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "requests", "urllib3", "s3fs"}
 _PASSING_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 _HOPELESS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ParamValidationError"}
@@ -70,8 +70,6 @@ class Patience:
             tries += 1
             try:
                 return action(max(0.1, min(self.limit(n_bytes), deadline - self.clock())))
-            except PermissionError as error:
-                raise _failed(what, error, tries, self.clock() - started) from None
             except _ANSWERED:
                 raise
             except Exception as error:
@@ -92,7 +90,7 @@ def is_foreign(error: BaseException) -> bool:
 
 def is_passing(error: BaseException) -> bool:
     """Whether another try may succeed where this error came up."""
-    if type(error).__name__ in _HOPELESS or isinstance(error, ImportError):
+    if type(error).__name__ in _HOPELESS or isinstance(error, PermissionError):
         return False
     text = str(error)
     if any(word in text for word in _DAMAGED):  # the bytes were damaged on their way up; the server refused them
@@ -122,4 +120,6 @@ def _failed(what: str, error: BaseException, tries: int, seconds: float) -> Tran
     again = (
         "the same command goes on where it stopped" if is_passing(error) else "check the address and the permissions"
     )
-    return TransferFailed(f"{what} failed after {tries} tries in {seconds:.0f} s ({detail}); {again}.")
+    return TransferFailed(
+        f"{what} failed after {tries} {'try' if tries == 1 else 'tries'} in {seconds:.0f} s ({detail}); {again}."
+    )

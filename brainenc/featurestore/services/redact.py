@@ -13,7 +13,7 @@ _QUERY = re.compile(
     r"(?P<key>[?&;](?:[A-Za-z-]*(?:signature|credential|token|secret|password|key|sig|auth))=)[^&;\s'\"]+",
     re.IGNORECASE,
 )
-_HEADER = re.compile(r"(?P<key>\b(?:Bearer|Basic|AWS4-HMAC-SHA256|Authorization:?)\s+)[^\s'\",;]+", re.IGNORECASE)
+_HEADER = re.compile(r"(?P<key>\b(?:Bearer|Basic|AWS4-HMAC-SHA256)\s+)[^\s'\",;]+", re.IGNORECASE)
 _PAIR = re.compile(
     r"(?P<key>['\"]?\b(?:aws_)?(?:secret(?:_access)?(?:_key)?|private_key|refresh_token|access_token|password)\b['\"]?\s*[:=]\s*)"
     r"(?:'[^']*'|\"[^\"]*\"|[^\s,}]+)",

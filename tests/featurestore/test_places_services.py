@@ -1,0 +1,128 @@
+"""How often a remote place is asked again, and what never shows in a message."""
+
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brainenc.errors import TransferFailed
+from brainenc.featurestore.services.patience import Patience, is_passing
+from brainenc.featurestore.services.redact import redact
+
+
+class FakeClock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self):
+        self.now, self.slept = 0.0, []
+
+    def sleep(self, seconds):
+        self.slept.append(seconds)
+        self.now += seconds
+
+    def patience(self, **settings):
+        return Patience(clock=lambda: self.now, sleep=self.sleep, **settings)
+
+
+def failing(times, error):
+    left = [times]
+
+    def action(limit):
+        if left[0]:
+            left[0] -= 1
+            raise error
+        return "answer"
+
+    return action
+
+
+def test_passing_failures_are_tried_again_with_growing_waits():
+    clock = FakeClock()
+    assert clock.patience(first_wait_s=1.0).call("x", failing(4, ConnectionResetError("gone"))) == "answer"
+    assert len(clock.slept) == 4
+    assert all(0.5 * 2**i <= wait <= 1.5 * 2**i for i, wait in enumerate(clock.slept))
+
+
+@given(deadline=st.floats(0.5, 500), first=st.floats(0.01, 5))
+def test_the_deadline_holds_whatever_the_waits(deadline, first):
+    clock = FakeClock()
+    with pytest.raises(TransferFailed):
+        clock.patience(deadline_s=deadline, first_wait_s=first).call("x", failing(10**6, TimeoutError()))
+    assert clock.now <= deadline
+
+
+def test_a_large_body_lengthens_the_deadline():
+    clock = FakeClock()
+    limits = []
+    clock.patience(try_s=10, deadline_s=20, slowest_rate=1e6).call("x", limits.append, n_bytes=60_000_000)
+    assert limits == [70.0]
+
+
+def test_answers_are_no_failures():
+    for answer in (FileNotFoundError("x"), FileExistsError("x")):
+        clock = FakeClock()
+        with pytest.raises(type(answer)):
+            clock.patience().call("x", failing(1, answer))
+        assert not clock.slept
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError("AccessDenied"), OSError("Forbidden: b/x\nno"), ValueError("Bad Request: b/x\ninvalid")]
+)
+def test_what_another_try_would_not_mend_fails_at_once_and_says_so(error):
+    clock = FakeClock()
+    with pytest.raises(TransferFailed, match="permissions"):
+        clock.patience().call("Reading gs://b/x", failing(1, error))
+    assert not clock.slept
+
+
+def test_our_own_mistakes_are_not_retried():
+    clock = FakeClock()
+    with pytest.raises(TypeError):
+        clock.patience().call("x", failing(1, TypeError("a bug")))
+    assert not clock.slept
+
+
+def test_status_codes_decide():
+    from gcsfs.retry import HttpError
+
+    assert is_passing(HttpError({"code": 503, "message": "busy"}))
+    assert is_passing(HttpError({"code": 429, "message": "slow down"}))
+    assert is_passing(HttpError({"code": 400, "message": "Provided crc32c 'a' doesn't match calculated crc32c 'b'."}))
+    assert not is_passing(HttpError({"code": 400, "message": "bad name"}))
+    assert not is_passing(HttpError({"code": 401, "message": "no"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("s3://AKIAEXAMPLE:wJalrSECRET@bucket/path", "wJalrSECRET"),
+        ("cannot reach https://user:pa55@host:8443/x today", "pa55"),
+        ("https://s.example/x?X-Amz-Signature=deadbeef&part=3", "deadbeef"),
+        ("https://h/x?sig=abc%2Fdef&se=2026", "abc%2Fdef"),
+        ("Authorization: Bearer ya29.TOKEN was refused", "ya29.TOKEN"),
+        ("{'aws_secret_access_key': 'wJalrSECRET', 'region': 'x'}", "wJalrSECRET"),
+        ('{"private_key": "-----BEGIN KEY----- abc", "type": "service"}', "BEGIN KEY"),
+    ],
+)
+def test_no_credential_survives_in_a_message(text, hidden):
+    assert hidden not in redact(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["gs://lab/features/subj01-train", "/home/user@lab/store", "s3://bucket/a=b/c", "reading x at 10:30"]
+)
+def test_harmless_text_stays_as_it_is(text):
+    assert redact(text) == text
+
+
+def test_a_failure_carries_no_credential_in_text_cause_or_pickle():
+    clock = FakeClock()
+    secret = "wJalrXUtnFEMI"
+    with pytest.raises(TransferFailed) as caught:
+        clock.patience(deadline_s=1).call("x", failing(9, OSError(f"https://AKIA:{secret}@h/x timed out")))
+    assert secret not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    assert secret.encode() not in pickle.dumps(caught.value)
