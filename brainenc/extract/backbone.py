@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,7 +205,7 @@ class Backbone:
             calls[module] = calls.get(module, 0) + 1
             for tap in [t for t in pending if (t.kind, t.module, t.call) == ("output", module, calls[module])]:
                 tokens = functools.reduce(lambda x, step: step(x), tap.through, output)
-                finish(tap, pending[tap], lambda facet, x=tokens: facets.take(facet, x, self._order, aspect))
+                finish(tap, pending[tap], functools.partial(self._take, tokens, aspect))
 
         def on_attention(block: str, heads: Heads) -> None:
             tap = _Tap(kind="attention", module=block)
@@ -223,6 +223,9 @@ class Backbone:
             if result in pending and pooled is not None:
                 finish(result, pending[result], lambda _facet: pooled)
         return {feature: results[feature] for feature in features}
+
+    def _take(self, tokens: torch.Tensor, aspect: float, facet: str) -> torch.Tensor:
+        return facets.take(facet, tokens, self._order, aspect)
 
     def _taps(self, features: Sequence[Feature]) -> dict[_Tap, list[Feature]]:
         taps: dict[_Tap, list[Feature]] = {}
@@ -246,7 +249,7 @@ class Backbone:
         return _Tap(kind="output", module=layer, call=len(self._sighting.outputs[layer]), own=True)
 
     def _station_tap(self, station: str) -> _Tap:
-        """After the final norm, as the model calls it, or, where it norms only what it pools, as we call it on all tokens."""
+        """After the final norm as the model calls it; where it norms only what it pools, as we call it on all tokens."""
         network = self.network
         project = (network.project,) if station == "proj" and network.project is not None else ()
         last = network.blocks[-1]
@@ -258,7 +261,7 @@ class Backbone:
         return _Tap(kind="output", module=last, through=(norm, *project))
 
     @contextlib.contextmanager
-    def _arithmetic(self) -> Any:
+    def _arithmetic(self) -> Iterator[None]:
         if self._compute == "float32":
             yield
             return
@@ -275,7 +278,8 @@ class Backbone:
     def _look_up_shape(
         self, feature: Feature, height: int, width: int
     ) -> tuple[tuple[int, ...], tuple[int, int] | None]:
-        seen = look(self.network, height, width)
+        with self._arithmetic():
+            seen = look(self.network, height, width)
         tap = self._taps([feature]).popitem()[0]
         if tap.kind == "result":
             assert seen.pooled is not None  # else the facet would not be on offer
@@ -299,7 +303,7 @@ class Backbone:
         return grid if tokens - self._order.n_prefix == grid[0] * grid[1] else None
 
     def _project_width(self) -> int:
-        assert self._sighting.pooled is not None and self.network.project is not None
+        assert self._sighting.pooled is not None  # what has a projection pools with it
         return self._sighting.pooled[-1]
 
     def _describe(self) -> BackboneInfo:

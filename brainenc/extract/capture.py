@@ -23,7 +23,7 @@ Attention = Callable[["Heads"], None]
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """What entered the attention kernel: q, k, v (B, heads, tokens, d), q scaled so that the kernel's scale is 1/sqrt(d)."""
+    """What entered the attention kernel: q, k, v (B, heads, tokens, d), with q scaled to suit a scale of 1/sqrt(d)."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -137,7 +137,8 @@ def _watched_kernel(
     see = getattr(_watchers, "see", None)
     if see is not None:
         see(query, key, value, kwargs.get("scale"))
-    return _kernel(query, key, value, *args, **kwargs)
+    output: torch.Tensor = _kernel(query, key, value, *args, **kwargs)
+    return output
 
 
 def _unit_scale(query: torch.Tensor, scale: float | None) -> torch.Tensor:

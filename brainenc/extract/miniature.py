@@ -57,7 +57,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _rouse(model: torch.nn.Module) -> torch.nn.Module:
-    """Give every weight a part to play: libraries start biases at 0 and scales at 1 or 1e-5, which would hide mistakes."""
+    """Give every weight a part to play: libraries start biases at 0 and scales at 1 or 1e-5, which hides mistakes."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim <= 1 or parameter.abs().max() < 1e-3:

@@ -62,7 +62,7 @@ def _slug(model: str, weights: str | None) -> str:
 def _forced_size(policy: str | None, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
     if policy == "pad" and size is None:
         raise UsageError(
-            "open_clip's models are built for one image size: give it (--image-size) together with the size policy `pad`."
+            "open_clip's models are built for one image size: give it (--image-size) with the size policy `pad`."
         )
     return size
 

@@ -1,4 +1,4 @@
-"""Models of torchvision; residual networks with frozen batch norm, as detection (and the published encoder) uses them."""
+"""Models of torchvision; residual networks with frozen batch norm, as the published encoder uses them."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def _create(name: str, model_name: str, weights: str) -> tuple[nn.Module, Prepro
         model = torchvision.models.get_model(model_name, weights=known[weights], **options)
     except OSError as error:
         raise UsageError(
-            f"torchvision:{name} could not be downloaded ({error}). Without a network, download the weights elsewhere and "
-            f"write torchvision:{model_name}/path/to/state_dict.pth."
+            f"torchvision:{name} could not be downloaded ({error}). Without a network, download the weights elsewhere "
+            f"and write torchvision:{model_name}/path/to/state_dict.pth."
         ) from error
     return _headless(model), _preprocessing(known[weights].transforms())
 
