@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brainenc.train.absorbed import AbsorbedAttention
+
 
 @dataclass(frozen=True, slots=True)
 class Projection:
@@ -46,8 +48,11 @@ def attend(
     Returns:
         array of shape (B, Q, D), heads concatenated, before the output projection.
     """
+    absorb = absorb_is_cheaper(query.shape[1], n_heads, query.shape[2])
+    if absorb and memory.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _absorbed_on_cpu(query, memory, position, keys, values, n_heads, dropout)
     weights = F.dropout(_scores(query, memory, position, keys, n_heads).softmax(dim=-1), dropout)
-    if values is not None and absorb_is_cheaper(query.shape[1], n_heads, query.shape[2]):
+    if values is not None and absorb:
         return _absorbed_values(weights, memory, values)
     projected = memory if values is None else F.linear(memory, values.weight, values.bias)
     return torch.einsum("bhqn,bnhd->bqhd", weights.to(projected.dtype), _heads(projected, n_heads)).flatten(2)
@@ -58,23 +63,39 @@ def attention_weights(query: Tensor, memory: Tensor, position: Tensor, *, keys: 
     return _scores(query, memory, position, keys, n_heads).softmax(dim=-1).mean(dim=1)
 
 
+def _absorbed_on_cpu(
+    query: Tensor, memory: Tensor, position: Tensor, keys: Projection, values: Projection | None, n_heads: int,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    weight, bias = (None, None) if values is None else (values.weight, values.bias)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else memory.dtype
+    moved = _move(query, keys, n_heads).flatten(1, 2)
+    with torch.autocast("cpu", enabled=False):
+        out: Tensor = AbsorbedAttention.apply(
+            moved, memory, position.to(memory.dtype),
+            None if weight is None else weight.view(n_heads, -1, weight.shape[1]),
+            None if bias is None else bias.view(n_heads, -1), n_heads, dropout, dtype,
+        )  # fmt: skip
+    return out
+
+
+def _move(query: Tensor, keys: Projection, n_heads: int) -> Tensor:
+    """The key projection moved to the queries, scaled: (B or 1, h, Q, D)."""
+    scaled = query * (query.shape[2] // n_heads) ** -0.5
+    weight = keys.weight.view(n_heads, -1, keys.weight.shape[1]).to(query.dtype)
+    return torch.einsum("bqhd,hde->bhqe", _heads(scaled, n_heads), weight)
+
+
 def _scores(query: Tensor, memory: Tensor, position: Tensor, keys: Projection, n_heads: int) -> Tensor:
     """(B, h, Q, N), float32."""
     seen = memory + position.to(memory.dtype)
-    scaled = query * (query.shape[2] // n_heads) ** -0.5
     if absorb_is_cheaper(query.shape[1], n_heads, query.shape[2]):
-        return _absorbed_scores(scaled, seen, keys, n_heads).float()
+        moved = _move(query, keys, n_heads)
+        scores = torch.matmul(moved.flatten(1, 2), seen.to(moved.dtype).transpose(1, 2))
+        return scores.view(len(seen), n_heads, -1, seen.shape[1]).float()
     key = F.linear(seen, keys.weight, keys.bias)
-    split = _heads(scaled.to(key.dtype).expand(len(memory), -1, -1), n_heads)
+    split = _heads((query * (query.shape[2] // n_heads) ** -0.5).to(key.dtype).expand(len(memory), -1, -1), n_heads)
     return torch.einsum("bqhd,bnhd->bhqn", split, _heads(key, n_heads)).float()
-
-
-def _absorbed_scores(scaled: Tensor, seen: Tensor, keys: Projection, n_heads: int) -> Tensor:
-    weight = keys.weight.view(n_heads, -1, keys.weight.shape[1]).to(scaled.dtype)
-    moved = torch.einsum("bqhd,hde->bhqe", _heads(scaled, n_heads), weight)
-    flat = moved.flatten(1, 2)  # (B or 1, h * Q, D)
-    scores = torch.matmul(flat, seen.to(flat.dtype).transpose(1, 2))
-    return scores.view(len(seen), n_heads, -1, seen.shape[1])
 
 
 def _absorbed_values(weights: Tensor, memory: Tensor, values: Projection) -> Tensor:

@@ -131,7 +131,9 @@ class GroupedLinear(torch.autograd.Function):
         ctx: Any, sums: Tensor, counts: Tensor, weight: Tensor, bias: Tensor, bounds: Sequence[tuple[int, int]]
     ) -> Tensor:
         """Tokens (G, B, D), counts (G,), weights (V, D), biases (V,), and the rows of each group -> (B, V)."""
-        out = weight.new_zeros(sums.shape[1], weight.shape[0])
+        out = weight.new_empty(sums.shape[1], weight.shape[0])
+        for a, b in _gaps(bounds, len(weight)):
+            out[:, a:b] = 0
         for total, count, (a, b) in zip(sums, counts, bounds, strict=True):
             torch.addmm(bias[a:b] * count, total, weight[a:b].t(), out=out[:, a:b])
         ctx.save_for_backward(sums, counts, weight)
@@ -142,14 +144,22 @@ class GroupedLinear(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None]:
         (grad,) = grads
         sums, counts, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        d_sums, d_weight, d_bias = torch.zeros_like(sums), torch.zeros_like(weight), grad.sum(dim=0)
+        d_sums, d_weight, d_bias = torch.empty_like(sums), torch.empty_like(weight), grad.sum(dim=0)
         covered = torch.zeros_like(d_bias)
+        for a, b in _gaps(ctx.bounds, len(weight)):  # type: ignore[attr-defined]
+            d_weight[a:b] = 0
         for i, (a, b) in enumerate(ctx.bounds):  # type: ignore[attr-defined]
             part = grad[:, a:b]
             torch.mm(part, weight[a:b], out=d_sums[i])
             torch.mm(part.t(), sums[i], out=d_weight[a:b])
             covered[a:b] = counts[i]
         return d_sums, None, d_weight, d_bias * covered, None
+
+
+def _gaps(bounds: Sequence[tuple[int, int]], n: int) -> list[tuple[int, int]]:
+    """The ranges of ``range(n)`` that sorted bounds leave out."""
+    starts, stops = [a for a, _ in bounds], [b for _, b in bounds]
+    return [(a, b) for a, b in zip([0, *stops], [*starts, n], strict=True) if a < b]
 
 
 def build_readout(queries: RoiQueries, hemisphere: str, hidden: int) -> QueryReadout:

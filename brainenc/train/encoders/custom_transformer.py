@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from brainenc.train.cross_attention import Projection, attend, attention_weights
 from brainenc.train.encoders.base import EncoderConfig
-from brainenc.train.encoders.transformer import Decoder, FeedForward, TransformerEncoder
+from brainenc.train.encoders.transformer import Decoder, FeedForward, TransformerEncoder, apply_linear
 
 N_HEADS = 16
 """The published code fixes it, whatever its arguments say."""
@@ -27,8 +27,7 @@ class FeatureAttention(nn.Module):
             self.q_proj(query), memory, position, keys=self._keys(), values=None,
             n_heads=N_HEADS, dropout=self.dropout if self.training else 0.0,
         )  # fmt: skip
-        projected: Tensor = self.c_proj(out)
-        return projected
+        return apply_linear(self.c_proj, out)
 
     def weights(self, query: Tensor, memory: Tensor, position: Tensor) -> Tensor:
         """(B, Q, N), averaged over heads."""
