@@ -36,6 +36,11 @@ _TRIES = 4
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def open_cache(folder: Path | None = None, budget: int | str | None = None) -> DiskCache:
+    """The cache of this folder; see :class:`DiskCache`."""
+    return DiskCache(folder, budget)
+
+
 class DiskCache:
     """See :class:`~brainenc.featurestore.places.base.ShardCache`. Any process and thread of a host may share a folder.
 
@@ -52,6 +57,9 @@ class DiskCache:
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
         self.budget = parse_bytes(budget) if budget is not None else self._half_of_free()
         self._seen: set[tuple[str, int, int]] = set()
+
+    def __reduce__(self) -> tuple[type[DiskCache], tuple[Path, int]]:
+        return DiskCache, (self.folder, self.budget)  # what this process has verified, another has not
 
     def fetch(self, place: Place, name: str, *, size: int, check: Callable[[Path], None]) -> Path:
         """A verified copy; see :meth:`~brainenc.featurestore.places.base.ShardCache.fetch`.

@@ -95,6 +95,7 @@ class TestEveryService:
             place.create(name, b"12345")
         listed = [(entry.name, entry.size) for entry in place.list("s/b/l.q/")]
         assert listed == [("s/b/l.q/manifest-000001.json", 5), ("s/b/l.q/shard-00000.json", 5)]
+        assert [entry.name for entry in place.list("s/b/l.q/shard-")] == ["s/b/l.q/shard-00000.json"]
         assert len(list(place.list())) == 4
         assert place.folders() == ["s"]
         assert place.folders("s/b/") == ["l.q", "m.q"]

@@ -96,13 +96,14 @@ class MountPlace:
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """See :meth:`~brainenc.featurestore.places.base.Place.list`. May lack what was made a moment ago elsewhere."""
         found = []
-        for folder, folders, files in os.walk(self._folder(prefix)):
+        for folder, folders, files in os.walk(self._folder(prefix.rpartition("/")[0])):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for file in files:
                 path = Path(folder, file)
-                if not file.startswith("."):
+                name = path.relative_to(self._root).as_posix()
+                if name.startswith(prefix) and not file.startswith("."):
                     with contextlib.suppress(FileNotFoundError):
-                        found.append(Entry(name=path.relative_to(self._root).as_posix(), size=path.stat().st_size))
+                        found.append(Entry(name=name, size=path.stat().st_size))
         yield from sorted(found, key=lambda entry: entry.name)
 
     def folders(self, prefix: str = "") -> _Names:
@@ -151,9 +152,9 @@ class MountPlace:
     def partials(self, prefix: str = "") -> Iterator[Path]:
         """See :meth:`~brainenc.featurestore.places.base.Place.partials`: local ones, and copies that were cut short."""
         yield from self._scratch.partials(prefix)
-        folder = self._folder(prefix)
-        if folder.is_dir():
-            yield from sorted(folder.glob("**/.*.partial"))
+        for path in sorted(self._folder(prefix.rpartition("/")[0]).glob("**/.*.partial")):
+            if path.with_name(path.name[1:]).relative_to(self._root).as_posix().startswith(prefix):
+                yield path
 
     def delete(self, name: str) -> None:
         """See :meth:`~brainenc.featurestore.places.base.Place.delete`."""

@@ -68,11 +68,13 @@ class FsspecService:
     def entries(self, prefix: str, limit: float) -> Iterator[tuple[str, int]]:
         """By a walk."""
         try:
-            found = self._fs.find(self._path(prefix.rstrip("/")), detail=True)
+            found = self._fs.find(self._path(prefix.rpartition("/")[0]), detail=True)
         except FileNotFoundError:
             return
         for path in sorted(found):
-            yield path[len(self._root) :].lstrip("/"), int(found[path]["size"])
+            key = path[len(self._root) :].lstrip("/")
+            if key.startswith(prefix):
+                yield key, int(found[path]["size"])
 
     def folders(self, prefix: str, limit: float) -> list[str]:
         """Empty where there is nothing."""
