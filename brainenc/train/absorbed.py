@@ -62,7 +62,7 @@ class AbsorbedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         moved, memory, position, weight, bias, attended, summed, totals = ctx.saved_tensors
         n_heads, dtype = ctx.n_heads, ctx.dtype
         grad = grads[0].to(dtype).view(*grads[0].shape[:2], n_heads, -1).transpose(1, 2)  # (B, h, Q, d)
@@ -73,8 +73,8 @@ class AbsorbedAttention(torch.autograd.Function):
         for b in range(len(memory)):
             at, values, part = (b if len(cast) > 1 else 0), memory[b].to(dtype), grad[b]
             seen = (memory[b] + position).to(dtype)
-            if narrow is None:
-                d_summed = None
+            d_summed = None
+            if narrow is None or d_weight is None:
                 d_attended = torch.bmm(part, _split(values, n_heads).transpose(1, 2)).flatten(0, 1).float()
             else:
                 d_summed = torch.bmm(part, narrow).flatten(0, 1)

@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 
 def _find_onednn() -> Any:
     namespace = torch.ops.mkldnn
-    return namespace._linear_pointwise if hasattr(namespace, "_linear_pointwise") else None
+    return getattr(namespace, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
 
 
-_ONEDNN = _find_onednn() if torch.backends.mkldnn.is_available() else None
+_ONEDNN = _find_onednn()
 
 
 def times_transposed(a: Tensor, b: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     fast = _ONEDNN is not None and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     if not fast or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    out: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    out: Tensor = _Linear.apply(x, weight, bias)
     return out
 
 
@@ -49,7 +49,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         flat, weight = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
         d_x = times_transposed(grad, weight.t()).view(*grads[0].shape[:-1], -1) if ctx.needs_input_grad[0] else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,14 +111,15 @@ class Decoder(nn.Module):
     def last_target(self, query_embed: Tensor, memory: Tensor, position: Tensor, *, upto: int) -> Tensor:
         """The target after the first ``upto`` layers. It starts at zero, without a batch axis worth its name."""
         target = torch.zeros_like(query_embed)[None]
-        for layer in list(self.layers)[:upto]:
-            target = layer(target, query_embed, memory, position)
+        for i in range(upto):
+            target = self.layers[i](target, query_embed, memory, position)
         return target
 
     def weights(self, query_embed: Tensor, memory: Tensor, position: Tensor) -> Tensor:
         """Attention of the last layer: (B, Q, N)."""
         target = self.last_target(query_embed, memory, position, upto=len(self.layers) - 1)
-        weights: Tensor = self.layers[-1].weights(target, query_embed, memory, position)
+        last: Any = self.layers[-1]
+        weights: Tensor = last.weights(target, query_embed, memory, position)
         return weights
 
 
