@@ -14,6 +14,7 @@
     |  |- ShardSealed (FileExistsError)   the rows are there already; of two writers the first wins
     |  |- CorruptData (OSError)           bytes on disk are not those that were written
     |  |- MissingRow (LookupError)        the row was left out on purpose when it was extracted
+    |  |- Incomplete (LookupError)        the row has not been extracted yet
     |  |- ValueNotStorable (ValueError)   a value that the storage dtype cannot hold
     |  |- CacheTooSmall (ValueError)      a cache budget below one shard
     |  |- PlaceUnfit (OSError)            the place cannot do what a store needs (atomic create, real flush ...)
@@ -165,6 +166,27 @@ class MissingRow(StoreError, LookupError):
         return (
             f"{self.where} has no row for {self.stimulus_id!r}: its image could not be read when it was extracted. "
             "`view.present` is the mask of the rows that are there."
+        )
+
+
+class Incomplete(StoreError, LookupError):
+    """A row that has not been extracted, or not been committed, yet was asked for.
+
+    Args:
+        stimulus_id: the stimulus whose row was asked for.
+        where: the collection.
+        rows: how many rows can be read.
+        total: how many there will be.
+    """
+
+    def __init__(self, stimulus_id: str, where: str, rows: int, total: int) -> None:
+        super().__init__(stimulus_id, where, rows, total)
+        self.stimulus_id, self.where, self.rows, self.total = stimulus_id, where, rows, total
+
+    def __str__(self) -> str:
+        return (
+            f"{self.where} has no row for {self.stimulus_id!r} yet: {self.rows} of {self.total} rows are there. "
+            "Run the extraction that makes them again: it goes on from what is sealed."
         )
 
 

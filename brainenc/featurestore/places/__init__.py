@@ -44,6 +44,6 @@ def local_path(url: str | Path) -> Path | None:
     parts = urlsplit(url)
     if parts.scheme == "file":
         return Path(url2pathname(parts.path))
-    if len(parts.scheme) > 1 and "://" in url or "::" in url:
+    if (len(parts.scheme) > 1 and "://" in url) or "::" in url:
         return None
     return Path(url)

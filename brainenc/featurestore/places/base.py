@@ -8,7 +8,7 @@ overwritten, so that a place needs no replace, no append and no rename of what o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,7 @@ _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capabilities:
-    """What a place can do. Probed or known at open; what a place cannot do is refused or worked around, never hoped for."""
+    """What a place can do, probed or known at open; what it cannot do is refused or worked around, never hoped for."""
 
     atomic_create: bool
     """Of two writers that create the same name exactly one is told that it won."""
@@ -97,10 +97,11 @@ class Place(Protocol):
         ...
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        """Every file whose name begins with ``prefix`` (``""`` or ending in ``/``), in order of names; no partials."""
+        """Every file whose name begins with ``prefix`` (any text, as on object stores: ``a/b/c/manifest-`` lists the
+        manifests of ``a/b/c`` without looking at its shards), in order of names; no partials."""
         ...
 
-    def folders(self, prefix: str = "") -> list[str]:
+    def folders(self, prefix: str = "") -> Sequence[str]:
         """Names of the folders directly below ``prefix``, sorted, without descending into them."""
         ...
 

@@ -1,0 +1,272 @@
+"""One feature of one stimulus set: its shards, their receipts, its commits."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from brainenc.errors import CorruptData, ProvenanceMismatch, ShardSealed
+from brainenc.featurestore import commit, layout
+from brainenc.featurestore.formats import shard_format
+from brainenc.featurestore.inspection import LocalBytes, PlaceBytes, inspect
+from brainenc.featurestore.places.base import Place, ShardCache
+from brainenc.featurestore.schema import CollectionSpec, Json, Manifest, Receipt, ShardEntry, differences
+from brainenc.featurestore.stimuli import StimulusSet
+from brainenc.featurestore.writer import ShardWriter
+
+if TYPE_CHECKING:
+    from brainenc.featurestore.view import FeatureView
+
+log = logging.getLogger(__name__)
+
+
+class Collection:
+    """A collection as its writers see it. Pickles as its address.
+
+    Args:
+        place: where the store lies.
+        key: ``<stimuli>/<backbone>/<layer>.<facet>``.
+        spec: what manifest 1 fixed.
+        cache: whole-shard copies, for views of places that cannot be mapped.
+    """
+
+    def __init__(self, place: Place, key: str, spec: CollectionSpec, cache: ShardCache | None = None) -> None:
+        self.place, self.key, self.spec, self._cache = place, key, spec, cache
+        self._format = shard_format(spec.format)
+        self._stimuli: StimulusSet | None = None
+        self._receipts: dict[int, Receipt] = {}
+
+    @classmethod
+    def open(cls, place: Place, key: str, cache: ShardCache | None = None) -> Collection | None:
+        """The collection of this key, None if there is none."""
+        current = commit.latest(place, key)
+        return None if current is None else cls(place, key, current.manifest.spec, cache)
+
+    @classmethod
+    def create(cls, place: Place, key: str, spec: CollectionSpec, cache: ShardCache | None = None) -> Collection:
+        """Create it, or compare with what is there.
+
+        Raises:
+            ProvenanceMismatch: it is there, made in another way.
+        """
+        existing = cls.open(place, key, cache)
+        if existing is None and not place.create(layout.manifest_file(key, 1), Manifest(spec=spec).to_bytes()):
+            existing = cls.open(place, key, cache)  # another driver was faster
+        if existing is None:
+            return cls(place, key, spec, cache)
+        if found := differences(existing.spec, spec):
+            advice = "Use another name for this one (--name or --stimuli), or another store."
+            raise ProvenanceMismatch(f"{key} in {place.url}", found, advice)
+        return existing
+
+    @property
+    def identity(self) -> Json:
+        """What makes these features these features."""
+        return self.spec.identity
+
+    @property
+    def details(self) -> Json:
+        """What readers want to know beside: ``n_prefix``, ``grid`` ..."""
+        return self.spec.details
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
+        return self.spec.row_shape
+
+    @property
+    def dtype(self) -> str:
+        """Storage dtype by name."""
+        return self.spec.dtype
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of every shard but the last."""
+        return self.spec.rows_per_shard
+
+    @property
+    def n_rows(self) -> int:
+        """Rows when all are there."""
+        return self.spec.n_rows
+
+    @property
+    def n_shards(self) -> int:
+        """Shards when all rows are there."""
+        return self.spec.n_shards
+
+    @property
+    def stimuli(self) -> StimulusSet:
+        """Whose rows these are."""
+        if self._stimuli is None:
+            name = layout.stimuli_file(self.spec.stimuli)
+            self._stimuli = StimulusSet.from_arrow(self.place.read(name), f"{self.place.url}/{name}")
+        return self._stimuli
+
+    def rows(self, shard: int) -> range:
+        """The rows of a shard."""
+        return self.spec.rows(shard)
+
+    def sealed(self) -> frozenset[int]:
+        """Shards that need not be computed: those with a receipt, and whole ones without, which get theirs now."""
+        receipts, shards = self._found()
+        return receipts | {shard for shard in shards - receipts if self.adopt(shard) is not None}
+
+    def receipt(self, shard: int) -> Receipt:
+        """The receipt of a sealed shard.
+
+        Raises:
+            FileNotFoundError: it has none.
+            CorruptData: it is torn or flipped.
+        """
+        if shard not in self._receipts:
+            name = layout.receipt_file(self.key, shard)
+            self._receipts[shard] = Receipt.from_bytes(self.place.read(name), f"{self.place.url}/{name}")
+        return self._receipts[shard]
+
+    def shard_writer(self, shard: int, *, environment: Mapping[str, Any] | None = None) -> ShardWriter:
+        """A writer of one shard.
+
+        Args:
+            shard: its number.
+            environment: what it is made with: library versions, device, batch size. Recorded, never compared.
+
+        Raises:
+            ShardSealed: it is there already.
+            NoSpace: it would not fit on the disk.
+        """
+        self.spec.rows(shard)
+        if self.place.size(layout.receipt_file(self.key, shard)) is not None or self.adopt(shard) is not None:
+            raise ShardSealed(f"shard {shard} of {self.key} in {self.place.url} is sealed: its rows are there already.")
+        partial = self.place.partial(self._shard_file(shard))
+        return ShardWriter(self.spec, shard, partial, self._publish, environment=environment or {},
+                           name_row=self._name_row)  # fmt: skip
+
+    def adopt(self, shard: int) -> Receipt | None:
+        """Write the receipt of a whole shard that has none; a shard that does not verify is removed.
+
+        Returns:
+            The receipt; None if there is no whole shard.
+        """
+        try:
+            receipt = self.inspect(shard)
+        except FileNotFoundError:
+            return None
+        except CorruptData as error:
+            log.warning("removing a shard without a receipt that is not whole: %s", error)
+            self.place.delete(self._shard_file(shard))
+            return None
+        return self._write_receipt(receipt)
+
+    def inspect(self, shard: int) -> Receipt:
+        """Read a whole shard and check it against its own checksums; says what its receipt must say.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            CorruptData: it is not whole.
+        """
+        name = self._shard_file(shard)
+        path = self.place.local(name)
+        if path is None:
+            size = self.place.size(name)
+            if size is None:
+                raise FileNotFoundError(f"{self.place.url}/{name}")
+            return inspect(PlaceBytes(self.place, name, size), self._format, self.spec, shard)
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            return inspect(LocalBytes(path, fd), self._format, self.spec, shard)
+        finally:
+            os.close(fd)
+
+    def check_copy(self, shard: int, path: Path) -> Receipt:
+        """Check a local copy of a shard, as a cache fill does.
+
+        Raises:
+            CorruptData: it is not whole.
+        """
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            return inspect(LocalBytes(path, fd), self._format, self.spec, shard)
+        finally:
+            os.close(fd)
+
+    def commit(self) -> Manifest:
+        """Make every sealed shard visible to readers. Of several drivers at once each commits on top of the others."""
+        receipts, _ = self._found()
+        return commit.advance(self.place, self.key, lambda manifest: self._extended(manifest, receipts)).manifest
+
+    def manifest(self) -> Manifest:
+        """What readers see now."""
+        current = commit.latest(self.place, self.key)
+        return Manifest(spec=self.spec) if current is None else current.manifest
+
+    def view(self) -> FeatureView:
+        """The committed rows."""
+        from brainenc.featurestore.view import FeatureView
+
+        return FeatureView.open(self.place, self.key, cache=self._cache)
+
+    def shard_name(self, shard: int) -> str:
+        """Name of a shard's file in the store."""
+        return self._shard_file(shard)
+
+    def __repr__(self) -> str:
+        return f"Collection({self.key!r}, {self.n_rows} rows of {self.row_shape} {self.dtype}, in {self.place.url})"
+
+    def __reduce__(self) -> tuple[type[Collection], tuple[Any, ...]]:
+        return Collection, (self.place, self.key, self.spec, self._cache)
+
+    def _shard_file(self, shard: int) -> str:
+        return layout.shard_file(self.key, shard, self._format.suffix)
+
+    def _name_row(self, row: int) -> str:
+        return f"{self.stimuli.ids[row]!r} (row {row} of {self.key})"
+
+    def _found(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Numbers of the receipts and of the shards that are there."""
+        if not self.place.can.fresh_listing:
+            return self._probed()
+        receipts, shards = set[int](), set[int]()
+        for entry in self.place.list(layout.shard_prefix(self.key)):
+            shard, suffix = layout.shard_number(entry.name) or (-1, "")
+            if 0 <= shard < self.n_shards:
+                (receipts if suffix == "json" else shards if suffix == self._format.suffix else set()).add(shard)
+        return frozenset(receipts), frozenset(shards)
+
+    def _probed(self) -> tuple[frozenset[int], frozenset[int]]:
+        every = range(self.n_shards)
+        receipts = frozenset(s for s in every if self.place.size(layout.receipt_file(self.key, s)) is not None)
+        rest = (s for s in every if s not in receipts)
+        return receipts, frozenset(s for s in rest if self.place.size(self._shard_file(s)) is not None)
+
+    def _publish(self, partial: Path, receipt: Receipt) -> Receipt:
+        """Publish our copy of a shard, or take the receipt of whoever was first."""
+        for _ in range(2):
+            if self.place.publish(partial, self._shard_file(receipt.shard)):
+                return self._write_receipt(receipt)
+            if (theirs := self._receipt_or_none(receipt.shard) or self.adopt(receipt.shard)) is not None:
+                return theirs
+        raise CorruptData(
+            f"{self.place.url}/{self._shard_file(receipt.shard)} is not whole and came back when removed."
+        )
+
+    def _write_receipt(self, receipt: Receipt) -> Receipt:
+        name = layout.receipt_file(self.key, receipt.shard)
+        return receipt if self.place.create(name, receipt.to_bytes()) else self.receipt(receipt.shard)
+
+    def _receipt_or_none(self, shard: int) -> Receipt | None:
+        try:
+            return self.receipt(shard)
+        except FileNotFoundError:
+            return None
+
+    def _extended(self, manifest: Manifest, receipts: Iterable[int]) -> Manifest:
+        known = {entry.shard for entry in manifest.shards}
+        new = [ShardEntry.of(self.receipt(shard)) for shard in receipts if shard not in known]
+        return Manifest(spec=manifest.spec, shards=_in_order([*manifest.shards, *new]))
+
+
+def _in_order(entries: Sequence[ShardEntry]) -> tuple[ShardEntry, ...]:
+    return tuple(sorted(entries, key=lambda entry: entry.shard))

@@ -1,0 +1,313 @@
+"""The store's small documents: what a collection is, what a shard says of itself, receipts and manifests.
+
+All are JSON with sorted keys and no times or random bytes, so that the same content gives the same file whoever wrote
+it and however often they were interrupted. Each holds a ``checksum`` over itself without that field: a torn or flipped
+document is found by reading it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from brainenc.errors import CorruptData, NotAStore, UsageError
+from brainenc.featurestore.checksums import digest
+from brainenc.featurestore.formats.base import ShardSpec
+
+VERSION = 1
+"""Of every document here. Raised when an older brainenc would misread a new document."""
+
+Json = dict[str, Any]
+Raw = bytes  # for the classes that have a field called bytes
+
+
+def canonical(fields: Mapping[str, Any]) -> bytes:
+    """The one way in which these fields are written as JSON.
+
+    Raises:
+        UsageError: something JSON has no words for, such as NaN or an array.
+    """
+    try:
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"provenance must be plain JSON (text, numbers, lists, mappings): {error}.") from error
+
+
+def write_document(kind: str, fields: Mapping[str, Any]) -> bytes:
+    """A document of this kind, its checksum included."""
+    body = {"kind": kind, "version": VERSION, **fields}
+    return canonical({**body, "checksum": digest(canonical(body))}) + b"\n"
+
+
+def read_document(kind: str, data: bytes, where: str) -> Json:
+    """The fields of a document, checked.
+
+    Raises:
+        CorruptData: torn, flipped, or no such document.
+        NotAStore: written by a newer brainenc.
+    """
+    try:
+        body: Json = json.loads(data)
+        found, version, checksum = body["kind"], int(body["version"]), body.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptData(f"{where} is torn or was changed: it is no {kind} document.") from error
+    if found == kind and version > VERSION:
+        raise NotAStore(f"{where} has version {version}, this brainenc reads up to {VERSION}: use a newer brainenc.")
+    if found != kind or checksum != digest(canonical(body)):
+        raise CorruptData(f"{where} is torn or was changed: its checksum does not match its content.")
+    return body
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CollectionSpec:
+    """What manifest 1 fixes for good."""
+
+    identity: Json
+    """Weights hash, backbone configuration, layer, facet, preprocessing ...: what makes features these features."""
+    row_shape: tuple[int, ...]
+    dtype: str
+    n_rows: int
+    stimuli: str
+    """Name of the stimulus set whose rows these are."""
+    stimuli_checksum: str
+    rows_per_shard: int
+    format: str
+    allow_64bit: bool = False
+    """More than 2^31 values in a shard, which not every Arrow reader takes."""
+    details: Json = field(default_factory=dict)
+    """What readers want to know beside: ``n_prefix``, ``grid`` ... Not compared."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no shard could hold."""
+        if self.rows_per_shard < 1 or not self.row_shape or min(self.row_shape) < 1:
+            raise UsageError(
+                f"rows of shape {self.row_shape} in shards of {self.rows_per_shard} rows: all must be positive."
+            )
+        elements = self.shard(0).rows * self.shard(0).row_elements
+        if elements >= 2**31 and not self.allow_64bit:
+            raise UsageError(
+                f"a shard of {self.shard(0).rows} rows would hold {elements} values, and some readers of Arrow stop "
+                "at 2^31: use fewer rows per shard, or allow_64bit=True."
+            )
+
+    @property
+    def checksum(self) -> str:
+        """Of everything that makes shards fit together; carried by every shard of the collection."""
+        fields = self.to_json()
+        del fields["details"]
+        return digest(canonical(fields))
+
+    @property
+    def n_shards(self) -> int:
+        """Shards when all rows are there."""
+        return -(-self.n_rows // self.rows_per_shard)
+
+    def rows(self, shard: int) -> range:
+        """The rows that a shard holds, first to last.
+
+        Raises:
+            UsageError: there is no such shard.
+        """
+        if not 0 <= shard < max(self.n_shards, 1):
+            raise UsageError(f"there is no shard {shard}: {self.n_rows} rows make {self.n_shards} shards.")
+        return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.n_rows))
+
+    def shard(self, shard: int) -> ShardSpec:
+        """What a format must know of a shard."""
+        return ShardSpec(rows=len(self.rows(shard)), row_shape=self.row_shape, dtype=self.dtype)
+
+    def to_json(self) -> Json:
+        """Plain values."""
+        return {
+            "identity": self.identity, "row_shape": list(self.row_shape), "dtype": self.dtype, "n_rows": self.n_rows,
+            "stimuli": self.stimuli, "stimuli_checksum": self.stimuli_checksum, "format": self.format,
+            "rows_per_shard": self.rows_per_shard, "allow_64bit": self.allow_64bit, "details": self.details,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, fields: Json) -> CollectionSpec:
+        """The inverse of :meth:`to_json`; fields that a later version added are ignored."""
+        known = {name: fields[name] for name in cls.__dataclass_fields__}
+        return cls(**{**known, "row_shape": tuple(fields["row_shape"])})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Note:
+    """What a shard carries in its own tail: what a receipt says, but for what only the whole file tells."""
+
+    collection: str
+    """Checksum of the collection's spec."""
+    shard: int
+    rows: int
+    data_offset: int
+    block_rows: int
+    """Rows that one block checksum covers."""
+    blocks: tuple[str, ...]
+    missing: tuple[int, ...] = ()
+    """Rows (of the collection) that were left out on purpose; their bytes are zero."""
+    content_hashes: tuple[str, ...] | None = None
+    """Of the image bytes that were decoded, one a row, by the caller."""
+    environment: Json = field(default_factory=dict)
+    """Library versions, device, batch size: recorded, never compared."""
+    frame: str = "0" * 32
+    """Checksum of head and tail with this field zero."""
+
+    def to_json(self) -> Json:
+        """Plain values."""
+        hashes = None if self.content_hashes is None else list(self.content_hashes)
+        return {
+            "collection": self.collection, "shard": self.shard, "rows": self.rows, "data_offset": self.data_offset,
+            "block_rows": self.block_rows, "blocks": list(self.blocks), "missing": list(self.missing),
+            "content_hashes": hashes, "environment": self.environment, "frame": self.frame,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, fields: Json) -> Note:
+        """The inverse of :meth:`to_json`."""
+        known = {name: fields[name] for name in cls.__dataclass_fields__}
+        tuples = {name: tuple(known[name]) for name in ("blocks", "missing")}
+        hashes = known["content_hashes"]
+        return cls(**{**known, **tuples, "content_hashes": None if hashes is None else tuple(hashes)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Receipt:
+    """One sealed shard: what has a receipt is never computed again. A function of the shard file's bytes alone."""
+
+    note: Note
+    bytes: int
+    """Size of the file."""
+    checksum: str
+    """xxh3-128 of the file, as ``xxhsum -H2`` prints it."""
+
+    @property
+    def shard(self) -> int:
+        """Its number."""
+        return self.note.shard
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has, missing ones included."""
+        return self.note.rows
+
+    @property
+    def data_offset(self) -> int:
+        """Where in the file the rows begin."""
+        return self.note.data_offset
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Checksums of blocks of ``note.block_rows`` rows."""
+        return self.note.blocks
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Rows of the collection that were left out on purpose."""
+        return self.note.missing
+
+    @property
+    def content_hashes(self) -> tuple[str, ...] | None:
+        """Of the image bytes, one a row."""
+        return self.note.content_hashes
+
+    @property
+    def environment(self) -> Json:
+        """What it was made with."""
+        return self.note.environment
+
+    def to_bytes(self) -> Raw:
+        """The receipt file."""
+        return write_document("receipt", {**self.note.to_json(), "bytes": self.bytes, "file": self.checksum})
+
+    @classmethod
+    def from_bytes(cls, data: Raw, where: str) -> Receipt:
+        """Read a receipt file.
+
+        Raises:
+            CorruptData: torn or flipped.
+        """
+        fields = read_document("receipt", data, where)
+        return cls(note=Note.from_json(fields), bytes=fields["bytes"], checksum=fields["file"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardEntry:
+    """A shard as its manifest knows it: enough to map and to verify it without its receipt."""
+
+    shard: int
+    rows: int
+    bytes: int
+    data_offset: int
+    checksum: str
+    missing: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, receipt: Receipt) -> ShardEntry:
+        """What a manifest keeps of a receipt."""
+        return cls(shard=receipt.shard, rows=receipt.rows, bytes=receipt.bytes, data_offset=receipt.data_offset,
+                   checksum=receipt.checksum, missing=receipt.missing)  # fmt: skip
+
+    def to_json(self) -> list[Any]:
+        """Values in the order of the fields: ten thousand shards are read at every open."""
+        return [self.shard, self.rows, self.bytes, self.data_offset, self.checksum, list(self.missing)]
+
+    @classmethod
+    def from_json(cls, values: Sequence[Any]) -> ShardEntry:
+        """The inverse of :meth:`to_json`."""
+        shard, rows, size, offset, checksum, missing = values
+        return cls(shard=shard, rows=rows, bytes=size, data_offset=offset, checksum=checksum, missing=tuple(missing))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """A commit: the collection as readers see it. Its number is in its name, not in its bytes."""
+
+    spec: CollectionSpec
+    shards: tuple[ShardEntry, ...] = ()
+    """In order of their numbers."""
+
+    @property
+    def transaction(self) -> str:
+        """Follows from the content, so that the same commit made twice is one commit."""
+        return digest(canonical(self._fields()))
+
+    def _fields(self) -> Json:
+        return {**self.spec.to_json(), "shards": [entry.to_json() for entry in self.shards]}
+
+    def to_bytes(self) -> Raw:
+        """The manifest file."""
+        return write_document("manifest", {**self._fields(), "transaction": self.transaction})
+
+    @classmethod
+    def from_bytes(cls, data: Raw, where: str) -> Manifest:
+        """Read a manifest file.
+
+        Raises:
+            CorruptData: torn or flipped.
+        """
+        fields = read_document("manifest", data, where)
+        shards = tuple(ShardEntry.from_json(values) for values in fields["shards"])
+        return cls(spec=CollectionSpec.from_json(fields), shards=shards)
+
+
+def differences(stored: CollectionSpec, wanted: CollectionSpec) -> dict[str, tuple[Any, Any]]:
+    """Field -> (stored, wanted) of all that must be equal for two specs to mean the same features.
+
+    Shard size, format and details are the first creator's choice, and everybody takes them from manifest 1.
+    """
+    sides = []
+    for spec in (stored, wanted):
+        flat = dict(_flatten("", spec.identity))
+        sides.append({**flat, "row_shape": spec.row_shape, "dtype": spec.dtype, "rows": spec.n_rows,
+                      "stimuli": spec.stimuli_checksum})  # fmt: skip
+    a, b = sides
+    return {name: (a.get(name), b.get(name)) for name in sorted({*a, *b}) if a.get(name) != b.get(name)}
+
+
+def _flatten(prefix: str, value: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for name, item in value.items():
+        flat += _flatten(f"{prefix}{name}.", item) if isinstance(item, Mapping) else [(prefix + name, item)]
+    return flat
