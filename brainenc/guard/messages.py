@@ -23,7 +23,7 @@ class Order:
     """What a loop is asked to do at its next step boundary."""
 
     kind: OrderKind
-    """``stop``: save, end with exit code 75; ``shrink``: save, halve the micro-batch, go on; ``checkpoint``: only save."""
+    """``stop``: save, end with exit code 75; ``shrink``: save, halve the micro-batch, go on; ``checkpoint``: save."""
     reason: str
     """One sentence for a person."""
     numbers: Mapping[str, Any] = field(default_factory=dict)

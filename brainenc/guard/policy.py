@@ -36,7 +36,7 @@ class Thresholds:
             if not 0 < warn <= critical <= 1:
                 raise UsageError(
                     f"The {kind} thresholds are {warn:g} and {critical:g}; "
-                    "wanted are two fractions of the limit, the warning first: 0 < warn <= critical <= 1, as in 0.85,0.88."
+                    "wanted are two fractions of the limit, the warning first: 0 < warn <= critical <= 1."
                 )
 
     @classmethod

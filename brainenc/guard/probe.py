@@ -162,6 +162,15 @@ class Probe:
         return read_pressure(own or self._root / "proc/pressure/memory")
 
 
+def take_reading(*disks: str | os.PathLike[str]) -> Reading:
+    """Everything about this machine as this process may use it, once."""
+    probe = Probe(disks=disks)
+    try:
+        return probe.read()
+    finally:
+        probe.close()
+
+
 def host_source(root: Path = Path("/")) -> Callable[[], Host]:
     """The machine's memory: ``/proc/meminfo`` kept open where there is one, else psutil."""
     try:

@@ -1,0 +1,333 @@
+"""Emergency checkpoints of PyTorch objects, written while memory is short. The only file of the guard that knows torch.
+
+One file, ``emergency_epoch<E>.pth``, as people know it: ``torch.load`` opens it, with ``model_state_dict``,
+``optimizer_state_dict``, ``epoch``, ``step`` and the random number states in it. It is streamed tensor by tensor (on a
+GPU the extra memory is one tensor's), hashed on the way, flushed, read back, and only then gets its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import hashlib
+import os
+import random
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from brainenc import atomic
+from brainenc.errors import CheckpointUnusable, NoSpace
+from brainenc.guard.probe import space
+
+FORMAT = 1
+_CHUNK = 1 << 20
+
+
+def payload(
+    objects: Mapping[str, Any], *, epoch: int, step: int, rng: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """What goes into the file; tensors are referenced, not copied.
+
+    Args:
+        objects: name -> anything with ``state_dict()``; None is left out.
+        epoch: counted from 0, the one that was running.
+        step: batches of that epoch that are finished.
+        rng: from :func:`capture_rng`.
+        more: plain values to keep as well.
+    """
+    states = {f"{name}_state_dict": _plain(thing.state_dict()) for name, thing in objects.items() if thing is not None}
+    return {"format": FORMAT, "epoch": epoch, "step": step, **states, "rng": dict(rng), **more}
+
+
+def payload_bytes(objects: Mapping[str, Any]) -> int:
+    """About how large the file will be: an optimizer that has not stepped yet will hold two copies of the model."""
+    sizes = {n: _tensor_bytes(o.state_dict()) for n, o in objects.items() if o is not None}
+    if "optimizer" in sizes and sizes["optimizer"] == 0:
+        sizes["optimizer"] = 2 * sizes.get("model", 0)
+    return sum(sizes.values())
+
+
+def write(content: Mapping[str, Any], final: Path) -> int:
+    """Write the file durably; whatever stood under its name is replaced in one step. Returns its bytes.
+
+    Raises:
+        NoSpace: the disk has no room for it.
+        OSError: it cannot be written there.
+        CheckpointUnusable: what was read back is not what was written.
+    """
+    import torch
+
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _require_space(final.parent, _tensor_bytes(content) + (1 << 20))
+    partial = atomic.partial_name(final)
+    try:
+        with open(partial, "xb", buffering=0) as file:
+            stream = _Hashing(file.fileno())
+            torch.save(dict(content), cast("Any", stream))
+            os.fsync(file.fileno())
+        found = _file_hash(partial)
+        if found != stream.digest():
+            raise CheckpointUnusable(f"{partial} reads back other bytes than were written; the disk cannot be trusted.")
+        # The old sum goes first, the new one comes last: a file without a sum is checked by its own CRCs instead.
+        sum_path(final).unlink(missing_ok=True)
+        os.replace(partial, final)
+        atomic.fsync_dir(final.parent)
+        atomic.replace(sum_path(final), f"{found}  {final.name}\n".encode())
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return stream.written
+
+
+def verify(path: Path) -> None:
+    """Check a file against its SHA-256 (``sha256sum -c`` does the same), or the CRCs inside it where that is missing.
+
+    Raises:
+        CheckpointUnusable: torn, changed, or no checkpoint.
+    """
+    try:
+        if sum_path(path).exists():
+            wanted = sum_path(path).read_text().split()[0]
+            if (found := _file_hash(path)) != wanted:
+                raise CheckpointUnusable(f"{path} has SHA-256 {found}, its .sha256 says {wanted}: changed or torn.")
+            return
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (OSError, zipfile.BadZipFile, IndexError, UnicodeDecodeError) as error:
+        raise CheckpointUnusable(f"{path} is torn or no checkpoint: {error}.") from error
+    if bad is not None:
+        raise CheckpointUnusable(f"{path} is damaged in {bad}.")
+
+
+def load(path: Path, *, trust: bool = False) -> dict[str, Any]:
+    """Read a file that verifies, onto the CPU.
+
+    Args:
+        path: the file.
+        trust: also run code that is pickled inside: only for files of one's own.
+
+    Raises:
+        CheckpointUnusable: torn, of another format, or it needs ``trust``.
+    """
+    import pickle
+
+    import torch
+
+    verify(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        raise CheckpointUnusable(
+            f"{path} holds objects that are no plain tensors and numbers ({str(error).splitlines()[0]}). "
+            "If you wrote it yourself, resume with `trust=True`."
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointUnusable(f"{path} has format {found!r}; this brainenc reads format {FORMAT}.")
+    return content
+
+
+def sum_path(path: Path) -> Path:
+    """Where the SHA-256 of a checkpoint lies."""
+    return path.with_name(path.name + ".sha256")
+
+
+def restore(content: Mapping[str, Any], objects: Mapping[str, Any], where: Path) -> None:
+    """Put the states back into their objects.
+
+    Raises:
+        CheckpointUnusable: a state is missing, or is another object's.
+    """
+    for name, thing in objects.items():
+        if thing is None:
+            continue
+        state = content.get(f"{name}_state_dict")
+        if state is None:
+            raise CheckpointUnusable(f"{where} has no state of {name!r}. It has: {', '.join(content)}.")
+        try:
+            thing.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointUnusable(
+                f"{where} does not fit this {name}: {error}. Build it as it was, or move the file away to start afresh."
+            ) from error
+
+
+def capture_rng() -> dict[str, Any]:
+    """The states of every random number generator a script uses: Python's, NumPy's, torch's, each GPU's."""
+    import torch
+
+    version, words, gauss = random.getstate()
+    states: dict[str, Any] = {"python": [version, list(words), gauss], "torch": torch.get_rng_state()}
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        states["numpy"] = [name, [int(k) for k in keys], *rest]
+    if _cuda_in_use():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_rng(states: Mapping[str, Any]) -> None:
+    """Set the generators to what :func:`capture_rng` has seen."""
+    import torch
+
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(states["torch"].clone())
+    if "numpy" in states:
+        import numpy as np
+
+        name, keys, *rest = states["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def gpu_uuids() -> list[str]:
+    """NVML's names of the devices that torch may use in this process; empty without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = (getattr(torch.cuda.get_device_properties(i), "uuid", None) for i in range(torch.cuda.device_count()))
+    return [
+        str(uuid) if str(uuid).startswith(("GPU-", "MIG-")) else f"GPU-{uuid}" for uuid in found if uuid is not None
+    ]
+
+
+def gpu_slack() -> dict[str, int]:
+    """UUID -> bytes that torch's allocator holds in this process but has not given out."""
+    import torch
+
+    if not _cuda_in_use():
+        return {}
+    return {uuid: torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i) for i, uuid in enumerate(gpu_uuids())}
+
+
+def gpu_allocations() -> list[tuple[str, int, int, int]]:
+    """Of each GPU: name, bytes allocated, reserved, and in total."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [
+        (
+            torch.cuda.get_device_name(i), torch.cuda.memory_allocated(i), torch.cuda.memory_reserved(i),
+            torch.cuda.get_device_properties(i).total_memory,
+        )
+        for i in range(torch.cuda.device_count())
+    ]  # fmt: skip
+
+
+def free_cached() -> None:
+    """Give back what nobody uses: collect garbage, empty the GPU allocator's cache."""
+    import torch
+
+    gc.collect()
+    if _cuda_in_use():
+        torch.cuda.empty_cache()
+
+
+def drop_gradients(objects: Mapping[str, Any]) -> None:
+    """Free the gradients of every module among ``objects``."""
+    import torch
+
+    for thing in objects.values():
+        if isinstance(thing, torch.nn.Module):
+            thing.zero_grad(set_to_none=True)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """The error says that memory, of the machine or of a GPU, is exhausted."""
+    if isinstance(error, MemoryError):
+        return True
+    if error is None or "torch" not in sys.modules:
+        return False
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def _cuda_in_use() -> bool:
+    """This process has talked to a GPU; asking must not be what starts it."""
+    import torch
+
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+class _Hashing:
+    """A file to write to that hashes what passes. Large tensors pass as views; nothing is copied."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._hash, self.written = fd, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        done = 0
+        while done < len(view):  # one call takes at most 2 GiB
+            done += os.write(self._fd, view[done : done + (1 << 30)])
+        self.written += done
+        return done
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):  # else the cache would tell what was meant, not what the disk holds
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        buffer = memoryview(bytearray(_CHUNK))
+        while n := file.readinto(buffer):
+            found.update(buffer[:n])
+    return found.hexdigest()
+
+
+def _require_space(folder: Path, need: int) -> None:
+    room = space(folder)
+    if room is not None and room.free < need:
+        raise NoSpace(errno.ENOSPC, f"{need} bytes are needed and {room.free} are free", str(folder))
+
+
+def _tensor_bytes(value: Any) -> int:
+    seen: set[int] = set()
+    total = 0
+    for tensor in _tensors(value):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:  # tied weights are written once
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def _tensors(value: Any) -> Iterator[Any]:
+    if hasattr(value, "untyped_storage"):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy scalars, as schedulers keep them, become Python's: a file without foreign objects loads without trust."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value) if type(value) in (list, tuple) else value
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value

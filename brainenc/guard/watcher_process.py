@@ -1,0 +1,248 @@
+"""The process beside a worker: looks at memory every 10 to 100 ms, and wakes the worker when something changes.
+
+A thread in the worker would lose: code that holds the interpreter starves it, and a machine that fills at 14 GB/s is
+full before it gets its turn. This process shares nothing with the worker but two pipes (JSON lines both ways) and a
+signal. It imports the standard library and its neighbours here, nothing else, and ends when the worker does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from brainenc.guard.messages import Level
+from brainenc.guard.nvml import Nvml
+from brainenc.guard.policy import RANK, Decision, Meter, Policy, PolicyConfig, Thresholds, Timing, sampling_interval
+from brainenc.guard.probe import Probe
+
+READING_EVERY_S = 1.0
+_HOST_EVERY_S = 0.05
+_GPU_EVERY_S = 0.1
+
+
+class Lookout:
+    """One look after another: what the watcher process does between two sleeps. Time is passed in.
+
+    Args:
+        probe: what to look at.
+        policy: how to judge it.
+        send: takes each message to the worker.
+        wake: called when the worker must look at its messages now.
+    """
+
+    def __init__(
+        self, probe: Probe, policy: Policy, send: Callable[[dict[str, Any]], None], wake: Callable[[], None]
+    ) -> None:
+        self._probe, self._policy, self._send, self._wake = probe, policy, send, wake
+        self.timing = Timing()
+        self.slack: dict[str, int] = {}
+        self._injected: dict[str, tuple[float, float]] = {}
+        self._host_at = self._gpu_at = self._reading_at = self._sent_at = float("-inf")
+        self._host_fraction = 1.0
+        self._gpus: list[Meter] = []
+        self._sent: tuple[Level, bool] = ("ok", False)
+        self._wake_at = float("inf")
+
+    def hear(self, message: dict[str, Any], now: float) -> None:
+        """Take one message of the worker: ``timing``, ``slack``, ``inject`` (a drill), ``wake_after``."""
+        if "timing" in message:
+            self.timing = Timing(**message["timing"])
+        if "slack" in message:
+            self.slack = message["slack"]
+        if "inject" in message:
+            drill = message["inject"]
+            self._injected[drill["meter"]] = (float(drill["fraction"]), now + float(drill["seconds"]))
+        if "wake_after" in message:
+            self._wake_at = now + float(message["wake_after"])
+
+    def look(self, now: float) -> float:
+        """Look once, tell the worker what it must know, and say how long to sleep."""
+        ram = self._ram(now)
+        decision = self._policy.look(now, self._pretend(now, [ram, *self._gpu_meters(now)]), self.timing)
+        if decision.meter in self._injected:  # a drill jumps, which is no growth: it goes by the boundary, as drills do
+            decision = replace(decision, urgent=False, rate=0.0, seconds_left=float("inf"))
+        self._tell(decision, now)
+        if now >= self._wake_at:
+            self._wake_at = float("inf")
+            self._send({"kind": "overdue", "at": now})
+            self._wake()
+        if now - self._reading_at >= READING_EVERY_S:
+            self._reading_at = now
+            self._probe.refresh()
+            self._send(
+                {"kind": "reading", "at": now, "cpu_s": time.process_time(), **self._probe.read(self.slack).to_dict()}
+            )
+        return sampling_interval(ram.used, ram.limit)
+
+    def _ram(self, now: float) -> Meter:
+        """The host is read less often while a group's limit is what binds."""
+        host = not self._probe.limited or self._host_fraction > 0.6 or now - self._host_at >= _HOST_EVERY_S
+        levels = self._probe.levels(host=host)
+        if host:
+            self._host_at, self._host_fraction = now, levels[-1].fraction
+        worst = max(levels, key=lambda level: level.fraction)
+        return Meter("ram", worst.used, worst.limit)
+
+    def _gpu_meters(self, now: float) -> list[Meter]:
+        if now - self._gpu_at >= _GPU_EVERY_S:
+            self._gpu_at = now
+            found = self._probe.gpus(self.slack)
+            self._gpus = [Meter(f"gpu{i}", max(0, g.used - g.slack), g.limit) for i, g in enumerate(found)]
+        return self._gpus
+
+    def _pretend(self, now: float, meters: list[Meter]) -> list[Meter]:
+        """Put a drill's figures in the place of the real ones, while it lasts."""
+        if not self._injected:
+            return meters
+        self._injected = {name: drill for name, drill in self._injected.items() if now < drill[1]}
+        real = {meter.name: meter for meter in meters}
+        for name, (fraction, _) in self._injected.items():
+            limit = real[name].limit if name in real else 16_000_000_000  # a drill for a GPU that is not there
+            real[name] = Meter(name, int(fraction * limit), limit)
+        return list(real.values())
+
+    def _tell(self, decision: Decision, now: float) -> None:
+        state = (decision.level, decision.urgent)
+        worse = RANK[decision.level] > RANK[self._sent[0]] or (decision.urgent and not self._sent[1])
+        still = decision.level != "ok" and now - self._sent_at >= READING_EVERY_S
+        if state == self._sent and not still:
+            return
+        self._sent, self._sent_at = state, now
+        numbers = {"drill": decision.meter in self._injected, **decision.numbers()}
+        self._send({"kind": "decision", "at": now, "level": decision.level, "reason": decision.reason, **numbers})
+        if worse or (still and decision.level == "critical"):
+            self._wake()
+
+
+class Outbox:
+    """Messages to the worker. Never blocks: what a full pipe does not take waits, and readings are dropped meanwhile."""
+
+    def __init__(self, fd: int, limit: int = 200) -> None:
+        self._fd, self._limit = fd, limit
+        self._rest = b""
+        self._waiting: list[bytes] = []
+        with contextlib.suppress(
+            OSError, AttributeError
+        ):  # on Windows it stays blocking: the worker's thread drains it
+            os.set_blocking(fd, False)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Queue a message and write what fits."""
+        if message["kind"] == "reading" and self._waiting:
+            return
+        self._waiting.append(json.dumps(message).encode() + b"\n")
+        del self._waiting[: -self._limit]
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what fits; a line that was begun is finished before the next."""
+        while self._rest or self._waiting:
+            self._rest = self._rest or self._waiting.pop(0)
+            try:
+                self._rest = self._rest[os.write(self._fd, self._rest) :]
+            except BlockingIOError:
+                return
+
+
+def main(settings: dict[str, Any]) -> None:
+    """Watch until the worker closes its end or is gone.
+
+    Args:
+        settings: ``parent`` pid, ``signal`` number or 0, ``thresholds``, ``policy``, ``uuids``, ``disks``, ``timing``.
+    """
+    parent, number = int(settings["parent"]), int(settings["signal"])
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a stop is the worker's business; this process ends after it
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    policy = Policy(PolicyConfig(thresholds=Thresholds(**settings["thresholds"]), **settings.get("policy", {})))
+    probe = Probe(disks=settings.get("disks", ()), pid=parent, nvml=Nvml(uuids=settings.get("uuids", ())))
+    outbox = Outbox(1)
+    lookout = Lookout(probe, policy, outbox.send, _waker(parent, number))
+    lookout.hear({"timing": settings["timing"]} if "timing" in settings else {}, 0.0)
+    outbox.send({"kind": "started", "at": time.monotonic(), "pid": os.getpid()})
+    inbox = _inbox(0)
+    pause = 0.0
+    while True:
+        messages = inbox(pause)
+        if messages is None or os.getppid() != parent:
+            return
+        now = time.monotonic()
+        for message in messages:
+            lookout.hear(message, now)
+        outbox.flush()
+        try:
+            pause = lookout.look(now)
+        except BrokenPipeError:  # the worker closed its end between two looks
+            return
+
+
+def _waker(parent: int, number: int) -> Callable[[], None]:
+    """Signals the worker's main thread; by a handle on the process, so that no other process ever gets the signal."""
+    if not number:
+        return lambda: None
+    if not hasattr(signal, "pidfd_send_signal"):
+        return lambda: _ignore_gone(lambda: os.kill(parent, number))
+    handle = os.pidfd_open(parent)
+    return lambda: _ignore_gone(lambda: signal.pidfd_send_signal(handle, number))
+
+
+def _ignore_gone(call: Callable[[], None]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        call()
+
+
+def _inbox(fd: int) -> Callable[[float], list[dict[str, Any]] | None]:
+    """Sleeps up to so many seconds and returns what the worker said meanwhile; None once it is gone."""
+    if os.name == "nt":
+        return _inbox_by_thread(fd)
+    rest = b""
+
+    def wait(pause: float) -> list[dict[str, Any]] | None:
+        nonlocal rest
+        if not select.select([fd], [], [], pause)[0]:
+            return []
+        data = os.read(fd, 65536)
+        if not data:
+            return None
+        *lines, rest = (rest + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    return wait
+
+
+def _inbox_by_thread(fd: int) -> Callable[[float], list[dict[str, Any]] | None]:
+    """The same where pipes cannot be selected on."""
+    import queue
+    import threading
+
+    messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
+
+    def drain() -> None:
+        with os.fdopen(fd, "rb", closefd=False) as lines:
+            for line in lines:
+                messages.put(json.loads(line))
+        messages.put(None)
+
+    threading.Thread(target=drain, daemon=True).start()
+
+    def wait(pause: float) -> list[dict[str, Any]] | None:
+        try:
+            message = messages.get(timeout=pause or 0.001)
+        except queue.Empty:
+            return []
+        return None if message is None else [message]
+
+    return wait
+
+
+def read_lines(buffer: bytes) -> tuple[Iterator[dict[str, Any]], bytes]:
+    """Whole messages in ``buffer``, and the rest that has no end yet."""
+    *lines, rest = buffer.split(b"\n")
+    return (json.loads(line) for line in lines), rest
