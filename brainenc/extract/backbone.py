@@ -21,6 +21,7 @@ from brainenc.extract.weights import hash_weights
 
 __all__ = ["Backbone", "BackboneInfo", "Feature", "load_backbone", "parse_features"]
 
+_ATTENTION = ("q", "k", "v", "q_cls", "k_cls", "v_cls")
 _COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -209,7 +210,7 @@ class Backbone:
 
         def on_attention(block: str, heads: Heads) -> None:
             tap = _Tap(kind="attention", module=block)
-            finish(tap, pending[tap], lambda facet: facets.join_heads(getattr(heads, facet)))
+            finish(tap, pending[tap], lambda facet: facets.take_attention(facet, heads, self._order))
 
         watch = Watch(
             outputs={t.module: functools.partial(on_output, t.module) for t in pending if t.kind == "output"},
@@ -241,7 +242,7 @@ class Backbone:
             if feature.facet == "pool":
                 return _Tap(kind="result")
             return self._station_tap(layer)
-        if feature.facet in ("q", "k", "v"):
+        if feature.facet in _ATTENTION:
             return _Tap(kind="attention", module=network.blocks[int(layer)])
         if layer.isdecimal():
             name = network.blocks[int(layer)]
@@ -287,6 +288,8 @@ class Backbone:
         tokens_grid = self.info.grid((height, width))
         if tap.kind == "attention":
             n_heads, tokens, d = seen.attention[tap.module][0]
+            if feature.facet.endswith("_cls"):
+                return (n_heads * d,), None
             return (tokens, n_heads * d), self._token_grid(tokens, tokens_grid)
         shape = seen.outputs[tap.module][tap.call - 1]
         blank: torch.Tensor = torch.empty(shape, device="meta")
@@ -300,7 +303,12 @@ class Backbone:
         return rows, self._token_grid(shape[1], tokens_grid)
 
     def _token_grid(self, tokens: int, grid: tuple[int, int]) -> tuple[int, int] | None:
-        return grid if tokens - self._order.n_prefix == grid[0] * grid[1] else None
+        if self.network.patch > 1:
+            return grid if tokens - self._order.n_prefix == grid[0] * grid[1] else None
+        rows = round((tokens * grid[0] / grid[1]) ** 0.5)  # stages that give their map out flattened
+        columns = tokens // max(rows, 1)
+        alike = rows * columns == tokens and round(rows * grid[1] / grid[0]) == columns
+        return (rows, columns) if alike else None
 
     def _project_width(self) -> int:
         assert self._sighting.pooled is not None  # what has a projection pools with it
@@ -365,6 +373,8 @@ def _order(network: Network, seen: Sighting) -> facets.Order:
         grid = (network.nominal[0] // network.patch) * (network.nominal[1] // network.patch)
         if len(shape) == 3 and shape[1] >= grid:
             prefix = shape[1] - grid
+    if prefix < network.n_cls + network.n_registers:  # a class token that joins in later blocks only
+        return facets.Order(n_cls=0, n_registers=0, n_prefix=prefix)
     return facets.Order(n_cls=network.n_cls, n_registers=network.n_registers, n_prefix=prefix)
 
 
@@ -373,7 +383,7 @@ def _layer_facets(network: Network, seen: Sighting, order: facets.Order) -> dict
     found: dict[str, tuple[str, ...]] = {}
     for number, name in enumerate(network.blocks):
         if name in seen.outputs:
-            attends = _attends(seen.attention.get(name, []), tokens)
+            attends = _attends(seen.attention.get(name, []), tokens, order)
             found[str(number) if tokens is not None else name] = _listed(
                 _output_facets(seen.outputs[name][-1], tokens, order) | attends
             )
@@ -407,9 +417,11 @@ def _output_facets(shape: tuple[int, ...], tokens: int | None, order: facets.Ord
     return found
 
 
-def _attends(kernels: list[tuple[int, int, int]], tokens: int | None) -> set[str]:
+def _attends(kernels: list[tuple[int, int, int]], tokens: int | None, order: facets.Order) -> set[str]:
     """q, k, v where the block has one attention, over all tokens; windows and several kernels have no such rows."""
-    return {"q", "k", "v"} if len(kernels) == 1 and kernels[0][1] == tokens else set()
+    if len(kernels) != 1 or kernels[0][1] != tokens:
+        return set()
+    return {facet for facet in _ATTENTION if order.n_cls or not facet.endswith("_cls")}
 
 
 def _listed(names: set[str]) -> tuple[str, ...]:

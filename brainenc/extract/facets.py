@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from brainenc.extract.capture import Heads
+
 MEANING = 1
 """Version of what the facets mean. Raise it when a facet begins to hold other numbers."""
 
@@ -69,6 +71,12 @@ def channels_last(shape: tuple[int, ...], aspect: float) -> bool:
 def map_grid(shape: tuple[int, ...], aspect: float) -> tuple[int, int]:
     """Height and width of a map of this shape."""
     return (shape[1], shape[2]) if channels_last(shape, aspect) else (shape[2], shape[3])
+
+
+def take_attention(facet: str, heads: Heads, order: Order) -> torch.Tensor:
+    """``q``, ``k``, ``v`` (B, T, heads*d), or ``q_cls`` ... (B, heads*d): the class token's row alone."""
+    joined = join_heads(getattr(heads, facet[0]))
+    return joined[:, 0] if facet.endswith("_cls") else joined
 
 
 def join_heads(heads: torch.Tensor) -> torch.Tensor:

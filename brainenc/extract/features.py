@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 
 from brainenc.errors import UnknownName, UsageError
 
-FACETS = ("token", "cls", "registers", "q", "k", "v", "pool")
+FACETS = ("token", "cls", "registers", "q", "k", "v", "q_cls", "k_cls", "v_cls", "pool")
 """Every facet there is, in the order in which they are listed."""
 
 ALIASES = {"query": "q", "key": "k", "value": "v", "tokens": "token"}
