@@ -269,6 +269,10 @@ class Choice:
     """Why each newer one was passed over."""
 
 
+NOTHING = Choice(folder=None, manifest=None, skipped=())
+"""No checkpoint was looked for, or none is there."""
+
+
 def newest(roots: Iterable[Path]) -> Choice:
     """The newest checkpoint in any of the folders that verifies."""
     skipped: list[str] = []

@@ -146,7 +146,7 @@ def buffer_bytes(samples: Samples, batch_size: int, size: int, *, ahead: int = A
     """Bytes that a :class:`Loader` allocates."""
     row = sum(int(np.prod(v.shape[1:])) * v.dtype.itemsize for v in samples.views)
     row += sum(r.shape[1] * r.itemsize for r in samples.responses or ())
-    return (ahead + 1) * -(-batch_size // size) * row
+    return (ahead + 1) * -(-batch_size // size) * int(row)
 
 
 class Loader:
@@ -172,15 +172,15 @@ class Loader:
         self._samples, self._order, self._rank, self._size = samples, order, rank, size
         self._device = device or torch.device("cpu")
         rows = -(-order.batch_size // size)
-        if share_buffers is not None:
-            self._slots = share_buffers._slots
-        else:
-            self._slots = [_Slot(samples, rows, pin=self._device.type == "cuda") for _ in range(ahead + 1)]
+        self._slots: list[_Slot] = share_buffers._slots if share_buffers is not None else self._allocate(rows, ahead)
         self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[tuple[_Slot, int, Rows, int] | BaseException | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._used: _Slot | None = None
+
+    def _allocate(self, rows: int, ahead: int) -> list[_Slot]:
+        return [_Slot(self._samples, rows, pin=self._device.type == "cuda") for _ in range(ahead + 1)]
 
     def run(self, first: int, last: int) -> Iterator[Batch]:
         """The batches of steps ``first`` to before ``last``. One run at a time; ends its thread when it is closed."""

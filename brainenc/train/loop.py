@@ -10,6 +10,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -28,6 +29,7 @@ from brainenc.train.step import Stepper, is_out_of_memory
 from brainenc.train.team import RankLost, Team
 
 Floats = npt.NDArray[np.float64]
+Array = npt.NDArray[Any]
 
 
 class Drill(Protocol):
@@ -121,6 +123,7 @@ class Fit:
         self._failure = ""
         """What went wrong here since the last exchange."""
         self._broken = False
+        self._torn = False
         self._order: Order | None = None
         self._on_the_spot = ""
 
@@ -204,7 +207,7 @@ class Fit:
         )
         norm = 0.0
         try:
-            norm = self._stepper.update(rate, self._hooks.guard.updating)
+            norm = self._stepper.update(rate, self._updating)
         except RankLost:
             raise
         except Exception as error:
@@ -219,11 +222,19 @@ class Fit:
             self._hooks.record({
                 "epoch": epoch, "step": self.position.step, "split": "train", "loss": verdict.loss, "lr": rate,
                 "grad_norm": norm, "samples_per_s": verdict.samples / took,
-                "data_wait_share": min(1.0, verdict.waited / took), "micro_batch": self._stepper.micro_batch,
+                "steps": self._steps_per_epoch * self._settings.epochs, "data_wait_share": min(1.0, verdict.waited / took), "micro_batch": self._stepper.micro_batch,
             })  # fmt: skip
         return None
 
     # ------------------------------------------------------------------ trouble on this rank
+
+    @contextmanager
+    def _updating(self) -> Iterator[None]:
+        """While weights are overwritten; when that does not end well they stay marked as torn."""
+        self._torn = True
+        with self._hooks.guard.updating():
+            yield
+        self._torn = False
 
     def _not_finite(self, word: Word, loss: float, batch: Batch) -> Word:
         self._failure = f"the loss of step {self.position.step} is {loss}{_ids(batch)}"
@@ -313,9 +324,9 @@ class Fit:
             answer = self._team.exchange_text(mine)[writer]
             if not answer.startswith("!"):
                 break
-        path, error = ("", answer[1:]) if answer.startswith("!") or not answer else (answer, "")
-        self._hooks.guard.saved(path=path, step=self.position.step, epoch=self.position.epoch, error=error)
-        return path, error
+        path, why = ("", answer[1:]) if answer.startswith("!") or not answer else (answer, "")
+        self._hooks.guard.saved(path=path, step=self.position.step, epoch=self.position.epoch, error=why)
+        return path, why
 
     def _reason(self, verdict: Verdict) -> str:
         mine = self._order.reason if self._order else ""
@@ -337,6 +348,18 @@ class Fit:
         return Outcome(
             status=status, position=self.position, reason=reason, checkpoint=path or self._on_the_spot, error=error
         )
+
+    def save_what_is_whole(self) -> None:
+        """Another rank is gone, or this one is going: save the last finished step, if this rank's copy counts.
+
+        Called outside any update, so that the weights are those between two steps.
+        """
+        if self._broken or self._torn or self.position.step == 0:
+            return
+        try:
+            self._saver.emergency(self._contents(), "another rank was lost")
+        except Exception as error:
+            self._hooks.note(f"Nothing was saved when another rank was lost: {error}")
 
     def _settle(self) -> None:
         """A write in hand may fail now without harm: the emergency checkpoint is newer."""
@@ -376,7 +399,8 @@ class Fit:
     ) -> tuple[Verdict, Outcome | None]:
         batch: Batch | None = None
         while True:
-            word, predicted = self._word(), []
+            word = self._word()
+            predicted: list[tuple[int, Array, Array]] = []
             try:
                 if batch is None:
                     batch = next(batches)
@@ -393,7 +417,7 @@ class Fit:
             if (ended := self._after(verdict)) is not None or verdict.go:
                 return verdict, ended
 
-    def _predict(self, batch: Batch) -> tuple[float, list[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]]:
+    def _predict(self, batch: Batch) -> tuple[float, list[tuple[int, Array, Array]]]:
         """The loss summed over samples, and (hemisphere, predicted, measured) of each micro-batch."""
         total, found = 0.0, []
         for first in range(0, batch.count, self._stepper.micro_batch):

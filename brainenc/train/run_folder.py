@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from brainenc import atomic, records
 from brainenc.errors import UsageError
@@ -25,6 +29,7 @@ class RunFolder:
         self.split_file = self.path / "idxs.npy"
         self.ray = self.path / ".ray"
         self.snapshots = self.path / ".snapshots"
+        self.log_file = self.path / "train.log"
         self.scores_file = self.path / "scores.json"
 
     def create(self, config: TrainConfig) -> None:
@@ -40,6 +45,10 @@ class RunFolder:
             )
         for folder in (self.path, self.checkpoints):
             atomic.make_dirs(folder)
+        atomic.replace(self.config_file, config.to_yaml().encode())
+
+    def update(self, config: TrainConfig) -> None:
+        """Replace the configuration of a run that goes on."""
         atomic.replace(self.config_file, config.to_yaml().encode())
 
     def config(self) -> TrainConfig:
@@ -89,6 +98,13 @@ class RunFolder:
         for line in lines:
             if all(_place(line) < place for run, place in began.items() if run > int(line.get("run", 0))):
                 yield line
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write a small array durably, replacing what is there in one step."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    atomic.replace(path, buffer.getvalue())
 
 
 def _place(line: dict[str, Any]) -> tuple[int, bool]:

@@ -43,18 +43,22 @@ class Saver:
     Args:
         folder: the run.
         snapshots: this machine's folder for snapshots.
-        copy: memory for a copy of the state; None: nothing is written in the background, and no snapshots are made.
         keep: regular checkpoints kept beside the best.
         published: called with each durable checkpoint of the run, from whichever thread wrote it.
     """
 
     def __init__(
-        self, folder: RunFolder, *, snapshots: Path, copy: StateCopy | None, keep: int,
+        self, folder: RunFolder, *, snapshots: Path, keep: int,
         published: Callable[[Path], None] = lambda path: None,
     ) -> None:  # fmt: skip
         self.folder, self.snapshots, self.keep = folder, snapshots, keep
-        self._copy, self._published = copy, published
+        self._copy: StateCopy | None = None
+        self._published = published
         self._background = Background("saver")
+
+    def use(self, copy: StateCopy) -> None:
+        """Write copies in the background from here on; without one, writing blocks and there are no snapshots."""
+        self._copy = copy
 
     @property
     def busy(self) -> bool:
@@ -86,8 +90,8 @@ class Saver:
         self.folder.point("last", **pointer)
         if best:
             self.folder.point("best", **pointer, val_perf=position.best)
-        pointed = self.folder.pointed("best")
-        checkpoint.prune(self.folder.checkpoints, keep=self.keep, best=pointed and pointed["checkpoint"])
+        kept = (self.folder.pointed("best") or {}).get("checkpoint")
+        checkpoint.prune(self.folder.checkpoints, keep=self.keep, best=kept)
         self._published(path)
 
     def snapshot(self, contents: Contents) -> float:

@@ -80,7 +80,7 @@ class Stepper:
         self.buckets = list(_buckets(self.parameters))
         self.optimizer = _adamw(self.parameters, settings.weight_decay)
         self._team = team
-        self._device = self.parameters[0].device
+        self.device = self.parameters[0].device
         self._loss: Any = torch.compile(self._plain_loss) if settings.compile else self._plain_loss
 
     @property
@@ -147,7 +147,7 @@ class Stepper:
     def predict(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predictions ``(B, V_lh)`` and ``(B, V_rh)``, float32, without dropout."""
         self.model.eval()
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.settings.bfloat16):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bfloat16):
             lh, rh = self.model(features)
         return lh.float(), rh.float()
 
@@ -158,11 +158,11 @@ class Stepper:
     def relieve(self) -> None:
         """Give back what a failed forward or backward left behind."""
         gc.collect()
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _plain_loss(self, features: torch.Tensor, lh: torch.Tensor, rh: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.settings.bfloat16):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bfloat16):
             lh_out, rh_out = self.model(features)
         loss: torch.Tensor = self.model.loss(lh_out.float(), rh_out.float(), lh, rh)  # type: ignore[operator]
         return loss

@@ -1,0 +1,370 @@
+"""Starting a run: in this process, or on workers of Ray Train. The only file of training that knows Ray. Driver."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from brainenc.errors import BrainencError, TrainingFailed, UsageError
+from brainenc.guard.messages import EXIT_STOPPED_SAFELY, NullGuard, Order
+from brainenc.train import prepare
+from brainenc.train.config import TrainConfig, Workers
+from brainenc.train.inputs import OpenViews, StoredViews
+from brainenc.train.run_folder import RunFolder
+
+Progress = Callable[[Mapping[str, Any]], None]
+"""Called with each record as it is written."""
+Note = Callable[[str], None]
+
+_OBJECT_STORE_BYTES = 200_000_000
+"""Of a Ray that we start: features never travel through it."""
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """How a run ended."""
+
+    status: str
+    """``done``, ``stopped`` or ``failed``."""
+    run_folder: str
+    epoch: int
+    step: int
+    val_perf: float | None
+    """The best of the run."""
+    reason: str = ""
+    checkpoint: str = ""
+    """The emergency checkpoint, where one was written."""
+    error: BrainencError | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 75 stopped safely and resumable, 1 failed."""
+        if self.status == "done":
+            return 0
+        return EXIT_STOPPED_SAFELY if self.status == "stopped" else 1
+
+
+def train(
+    config: TrainConfig, *, open_views: OpenViews | None = None, progress: Progress = lambda record: None,
+    note: Note = lambda text: None,
+) -> TrainResult:  # fmt: skip
+    """Start a new run.
+
+    Args:
+        config: what to train; its run folder must not hold a run.
+        open_views: what opens the features, for features that are not in a store; must pickle.
+        progress: called with each record, in this process.
+        note: called with lines for a person.
+
+    Raises:
+        BrainencError: the inputs are not usable; nothing was started.
+    """
+    folder = RunFolder(config.out)
+    views = open_views or StoredViews(config)
+    prepare.check(config, views, note=note)
+    folder.create(config)
+    prepare.save_split(config, folder)
+    return _launch(config, views, progress, note)
+
+
+def resume(
+    run_folder: str | Path, changes: Mapping[str, Any] | None = None, *, open_views: OpenViews | None = None,
+    progress: Progress = lambda record: None, note: Note = lambda text: None,
+) -> TrainResult:  # fmt: skip
+    """Go on with a run from its newest checkpoint that verifies.
+
+    Args:
+        run_folder: of the run.
+        changes: fields of the configuration that are different from here on; see ``CHANGEABLE``.
+        open_views: as for :func:`train`.
+        progress: as for :func:`train`.
+        note: as for :func:`train`.
+
+    Raises:
+        UsageError: no run there, or a change that would make it another run.
+    """
+    folder = RunFolder(Path(run_folder).absolute())
+    config = folder.config().resumed_with({**(changes or {}), "out": str(folder.path)})
+    if changes:
+        folder.update(config)
+    config = replace(config, split=str(folder.split_file))
+    views = open_views or StoredViews(config)
+    prepare.check(config, views, note=note)
+    return _launch(config, views, progress, note)
+
+
+def _launch(config: TrainConfig, views: OpenViews, progress: Progress, note: Note) -> TrainResult:
+    workers = Workers.parse(config.workers) if config.workers else default_workers()
+    try:
+        outcome = (
+            _alone(config, views, progress, note)
+            if workers.high == 0
+            else _with_ray(config, workers, views, progress, note)
+        )
+    except BrainencError as error:
+        return _failed(config, error)
+    best = outcome.position.best
+    return TrainResult(
+        status=outcome.status, run_folder=config.out, epoch=outcome.position.epoch, step=outcome.position.step,
+        val_perf=best, reason=outcome.reason, checkpoint=outcome.checkpoint, error=outcome.error,
+    )  # fmt: skip
+
+
+def _failed(config: TrainConfig, error: BrainencError) -> TrainResult:
+    last = RunFolder(config.out).pointed("last") or {}
+    return TrainResult(
+        status="failed", run_folder=config.out, epoch=int(last.get("epoch", 0)), step=int(last.get("step", 0)),
+        val_perf=None, reason=str(error), error=error,
+    )  # fmt: skip
+
+
+def default_workers() -> Workers:
+    """The number of GPUs of this machine, else 1."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Workers(low=max(1, gpus), high=max(1, gpus))
+
+
+# ---------------------------------------------------------------------- in this process
+
+
+class SignalGuard(NullGuard):
+    """A guard that knows of signals only: SIGTERM and SIGINT become an order to stop."""
+
+    def __init__(self) -> None:
+        self._order: Order | None = None
+
+    def pending(self) -> Order | None:
+        """The order of a signal that has arrived."""
+        return self._order
+
+    def take(self, number: int, _frame: FrameType | None) -> None:
+        """Signal handler; the second Ctrl-C ends at once."""
+        if self._order is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._order = Order(kind="stop", reason=f"received {signal.Signals(number).name}")
+
+
+@contextmanager
+def _signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle SIGTERM and SIGINT, where this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _alone(config: TrainConfig, views: OpenViews, progress: Progress, note: Note) -> Any:
+    """One rank in this process, no Ray."""
+    import torch
+
+    from brainenc.train.team import Solo
+    from brainenc.train.worker import Surroundings, work
+
+    wanted = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    guard = SignalGuard()
+    with _signals(guard.take):
+        return work(
+            config,
+            Surroundings(
+                team=Solo(), device=torch.device(wanted), open_views=views, guard=guard, on_record=progress,
+                on_note=note, threads=config.threads,
+            ),
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- on Ray's workers
+
+
+def ray_address(config: TrainConfig) -> str:
+    """Which Ray to use: ``--address``, else ``RAY_ADDRESS``, else one of our own that ends with the run.
+
+    Raises:
+        UsageError: a Ray client address.
+    """
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address.startswith("ray://"):
+        raise UsageError(
+            f"--address {address}: a Ray client holds neither local paths nor signals. Submit the command to the "
+            "cluster instead: ray job submit -- brainenc train ..."
+        )
+    return address
+
+
+@contextmanager
+def _cluster(config: TrainConfig, workers: Workers) -> Iterator[Any]:
+    """Ray, joined or started. One that was running in this process already is used and left alone."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    address = ray_address(config)
+    own: dict[str, Any] = {}
+    if address == "local":
+        own = {
+            "num_cpus": max(os.cpu_count() or 1, workers.high),
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **own)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _with_ray(config: TrainConfig, workers: Workers, views: OpenViews, progress: Progress, note: Note) -> Any:
+    with _cluster(config, workers):
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        gpu = _wants_gpu(config)
+        folder = RunFolder(config.out)
+        number: Any = workers.low if workers.low == workers.high else (workers.low, workers.high)
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"config": config.to_dict(), "views": views},
+            scaling_config=ScalingConfig(
+                num_workers=number,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {})},
+            ),
+            torch_config=TorchConfig(
+                backend="nccl" if gpu else "gloo", timeout_s=max(1800, int(config.status_timeout_s))
+            ),
+            run_config=RunConfig(
+                # A name of its own: Ray's record of an earlier attempt must not decide where this one begins.
+                name=f"run{folder.next_run()}-{int(time.time())}",
+                storage_path=str(folder.ray),
+                failure_config=FailureConfig(max_failures=config.max_failures),
+            ),
+        )
+        with _following(folder, progress, note):
+            try:
+                result = trainer.fit()
+            except WorkerGroupError as error:
+                raise _cause(error.worker_failures, config) from error
+    outcome = getattr(result, "return_value", None)
+    if outcome is None:
+        raise TrainingFailed(f"The workers of {config.out} ended without an outcome: {result.error}.")
+    return outcome
+
+
+def _wants_gpu(config: TrainConfig) -> bool:
+    if config.device != "auto":
+        return config.device.startswith("cuda")
+    import ray
+
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return there.get("GPU", 0) > 0
+
+
+def _cause(failures: Mapping[int, BaseException], config: TrainConfig) -> BrainencError:
+    """The error to show of those that workers died of: one of ours that is not just the echo of another's death."""
+    from brainenc.train.team import RankLost
+
+    causes = [getattr(e, "cause", None) or e for e in failures.values()]
+    ours = sorted((e for e in causes if isinstance(e, BrainencError)), key=lambda e: isinstance(e, RankLost))
+    if ours and not isinstance(ours[0], RankLost):
+        return ours[0]
+    ranks = "; ".join(f"rank {rank}: {_first_line(error)}" for rank, error in sorted(failures.items()))
+    return TrainingFailed(
+        f"Training failed {config.max_failures + 1} times, the last time with {ranks}. What was saved stays: "
+        f"`brainenc train --resume {config.out}` goes on from the newest checkpoint."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _worker(given: dict[str, Any]) -> Any:
+    """The training function of one Ray Train worker; in its training thread."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from brainenc.train.team import Distributed
+    from brainenc.train.worker import Surroundings, work
+
+    config = TrainConfig.from_dict(given["config"])
+    context = ray.train.get_context()
+    team = Distributed(timeout_s=config.status_timeout_s, local_rank=context.get_local_rank())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpu = torch.cuda.is_available() and config.device != "cpu"
+    return work(
+        config,
+        Surroundings(
+            team=team, device=ray.train.torch.get_device() if gpu else torch.device("cpu"), open_views=given["views"],
+            threads=config.threads or max(1, cores // context.get_local_world_size()),
+        ),
+    )  # fmt: skip
+
+
+@contextmanager
+def _following(folder: RunFolder, progress: Progress, note: Note) -> Iterator[None]:
+    """Show what workers write to the run folder as it comes."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_follow, args=(folder, progress, note, ended), name="follow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _follow(folder: RunFolder, progress: Progress, note: Note, ended: threading.Event) -> None:
+    records = _Tail(folder.metrics_file)
+    lines = _Tail(folder.log_file)
+    while True:
+        last = ended.wait(_POLL_S)
+        for text in lines.new():
+            note(text.partition("] ")[2] or text)
+        for text in records.new():
+            with suppress(ValueError):
+                progress(json.loads(text))
+        if last:
+            return
+
+
+class _Tail:
+    """Whole lines that were appended to a file since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._at = path.stat().st_size if path.exists() else 0
+
+    def new(self) -> list[str]:
+        if not self._path.exists():
+            return []
+        with open(self._path, "rb") as file:
+            file.seek(self._at)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._at += len(whole)
+        return whole.decode(errors="replace").splitlines()

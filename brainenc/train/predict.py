@@ -1,0 +1,110 @@
+"""Predictions of the test images: float32 arrays, one row an image in the order of the subject's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from brainenc.atomic import make_dirs, partial_name
+from brainenc.datasets.algonauts import Subject
+from brainenc.datasets.rois import HEMISPHERES
+from brainenc.errors import CheckpointUnusable, DataError, KeyNotFound
+from brainenc.train import checkpoint
+from brainenc.train.config import TrainConfig
+from brainenc.train.data import Loader, Samples
+from brainenc.train.inputs import OpenViews, open_samples, usable
+from brainenc.train.order import Order
+from brainenc.train.run_folder import RunFolder
+from brainenc.train.step import Stepper, is_out_of_memory
+
+Predictions = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+
+def predict_batches(stepper: Stepper, samples: Samples, batch_size: int) -> Iterator[tuple[Any, Predictions]]:
+    """Every sample in order, batch by batch: the batch, and predictions ``(n, V_lh)`` and ``(n, V_rh)``.
+
+    What does not fit in memory is tried again with half the micro-batch.
+    """
+    order = Order(n_samples=len(samples), batch_size=batch_size, seed=0, shuffle=False)
+    with Loader(samples, order, device=stepper.device) as loader:
+        for batch in loader.run(0, order.steps_per_epoch):
+            yield batch, _predict_batch(stepper, batch)
+
+
+def _predict_batch(stepper: Stepper, batch: Any) -> Predictions:
+    while True:
+        try:
+            parts = [
+                stepper.predict(batch.features(a, min(a + stepper.micro_batch, batch.count)))
+                for a in range(0, batch.count, stepper.micro_batch)
+            ]
+        except Exception as error:
+            if not is_out_of_memory(error) or stepper.micro_batch == 1:
+                raise
+            stepper.shrink()
+            stepper.relieve()
+            continue
+        lh, rh = (np.concatenate([part[side].cpu().numpy() for part in parts]) for side in range(2))
+        return lh, rh
+
+
+def predict_samples(stepper: Stepper, samples: Samples, batch_size: int) -> Predictions:
+    """Predictions of all samples, ``(n, V_lh)`` and ``(n, V_rh)`` float32."""
+    found = [out for _, out in predict_batches(stepper, samples, batch_size)]
+    lh, rh = (np.concatenate([f[side] for f in found]).astype(np.float32, copy=False) for side in range(2))
+    return lh, rh
+
+
+def load_best(folder: RunFolder, stepper: Stepper) -> str:
+    """Load the best checkpoint of a run, or the newest where none was the best; returns its name.
+
+    Raises:
+        CheckpointUnusable: there is none that verifies.
+    """
+    pointed = folder.pointed("best")
+    if pointed is not None:
+        path = folder.checkpoints / str(pointed["checkpoint"])
+        checkpoint.verify(path)
+    else:
+        choice = checkpoint.newest([folder.checkpoints])
+        if choice.folder is None:
+            why = " ".join(choice.skipped) or "It holds none."
+            raise CheckpointUnusable(f"{folder.checkpoints} has no checkpoint that can be used. {why}")
+        path = choice.folder
+    checkpoint.load_weights(path, stepper.model)
+    return path.name
+
+
+def predict_test(
+    config: TrainConfig, stepper: Stepper, subject: Subject, open_views: OpenViews, *, note: Callable[[str], None]
+) -> list[Path]:
+    """Predict the test images with the best weights, into ``RUN/predictions``."""
+    try:
+        samples = open_samples(config, subject, open_views, "test")
+    except (DataError, KeyNotFound) as error:
+        note(f"No predictions of test images: {error}")
+        return []
+    if not usable(samples).all():
+        note("No predictions of test images: features of some are missing in the store.")
+        return []
+    folder = RunFolder(config.out)
+    load_best(folder, stepper)
+    return write_predictions(folder.predictions, predict_samples(stepper, samples, config.batch_size))
+
+
+def write_predictions(folder: Path, predictions: Predictions) -> list[Path]:
+    """``lh_pred_test.npy`` and ``rh_pred_test.npy``, float32; each appears whole."""
+    make_dirs(folder)
+    written = []
+    for hemisphere, array in zip(HEMISPHERES, predictions, strict=True):
+        final = folder / f"{hemisphere}_pred_test.npy"
+        partial = partial_name(final)
+        with open(partial, "wb") as file:
+            np.save(file, np.ascontiguousarray(array, dtype=np.float32), allow_pickle=False)
+        partial.replace(final)
+        written.append(final)
+    return written

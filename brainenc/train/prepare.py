@@ -1,0 +1,44 @@
+"""What the driver looks at before anything is started, so that bad input costs seconds. Knows neither torch nor Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from brainenc.datasets.algonauts import Subject
+from brainenc.datasets.rois import HEMISPHERES
+from brainenc.train.config import TrainConfig
+from brainenc.train.inputs import OpenViews, open_samples, read_split, split_samples, usable
+from brainenc.train.run_folder import RunFolder, save_array
+
+
+def check(config: TrainConfig, open_views: OpenViews, *, note: Callable[[str], None]) -> None:
+    """Open everything that a worker will open.
+
+    Raises:
+        NotASubject: no subject folder.
+        DataError: images, features and responses do not fit one another, or responses are not finite.
+        UsageError: names or combinations that do not exist.
+        StoreError: the store or a feature is not there.
+    """
+    subject = Subject.open(config.subject_dir)
+    queries = subject.rois.queries(config.encoder.readout)
+    samples = open_samples(config, subject, open_views)
+    split_samples(samples, read_split(config, len(samples)))
+    for hemisphere in HEMISPHERES:
+        subject.require_finite(hemisphere)
+    if missing := int((~usable(samples)).sum()):
+        note(f"{missing} of {len(samples)} training images have no features in the store and are left out.")
+    empty = [
+        f"{hemisphere} {label}"
+        for hemisphere in HEMISPHERES
+        for label, mask in zip(queries.labels, queries.masks(hemisphere), strict=True)
+        if not mask.any() and label != "remainder"
+    ]
+    if empty:
+        note(f"ROIs without a vertex in this subject, kept and scored as missing: {', '.join(empty)}.")
+
+
+def save_split(config: TrainConfig, folder: RunFolder) -> None:
+    """Write ``idxs.npy``: training and validation images of this run, as the published code keeps them."""
+    n = len(Subject.open(config.subject_dir).images("train"))
+    save_array(folder.split_file, read_split(config, n))

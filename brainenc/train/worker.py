@@ -1,0 +1,248 @@
+"""One rank from configuration to outcome: opens the inputs, builds the model, finds where to go on, trains.
+
+Runs in the training thread of a Ray Train worker, or in the calling process when there is no Ray. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from brainenc import atomic
+from brainenc.datasets.algonauts import Subject
+from brainenc.datasets.rois import HEMISPHERES, Hemisphere
+from brainenc.errors import MemoryRefused
+from brainenc.guard.messages import NullGuard, StepGuard
+from brainenc.train import checkpoint, saver
+from brainenc.train.checkpoint import Position
+from brainenc.train.config import TrainConfig
+from brainenc.train.data import Loader, Samples, buffer_bytes
+from brainenc.train.inputs import OpenViews, keys, open_samples, read_split, split_samples
+from brainenc.train.loop import Drill, Fit, FitSettings, Floats, Hooks, NoDrill, Outcome
+from brainenc.train.model import BrainEncoder, build_encoder
+from brainenc.train.order import Order
+from brainenc.train.predict import predict_test
+from brainenc.train.run_folder import RunFolder, save_array
+from brainenc.train.saver import Saver
+from brainenc.train.scores import summarise
+from brainenc.train.snapshot import StateCopy, copy_bytes
+from brainenc.train.step import Stepper, StepSettings
+from brainenc.train.team import Team
+from brainenc.train.trackers import open_trackers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """What a rank is given besides its configuration."""
+
+    team: Team
+    device: torch.device
+    open_views: OpenViews
+    guard: StepGuard = field(default_factory=NullGuard)
+    drill: Drill = field(default_factory=NoDrill)
+    on_record: Callable[[Mapping[str, Any]], None] = lambda fields: None
+    """Rank 0, beside the run's own records: progress of a run without Ray."""
+    on_note: Callable[[str], None] = lambda text: None
+    threads: int | None = None
+    published: Callable[[Path], None] = lambda path: None
+
+
+def work(config: TrainConfig, around: Surroundings) -> Outcome:
+    """Train as one rank; returns the same outcome on every rank.
+
+    Raises:
+        BrainencError: the inputs are not usable, or another rank was lost.
+    """
+    if around.threads:
+        torch.set_num_threads(around.threads)
+    folder, team = RunFolder(config.out), around.team
+    subject = Subject.open(config.subject_dir)
+    samples = open_samples(config, subject, around.open_views)
+    train, val = (samples.take(rows) for rows in split_samples(samples, read_split(config, len(samples))))
+    model = make_model(config, subject, samples).to(around.device)
+    notes = _Notes(folder, around)
+
+    writer = _make_saver(config, folder, around)
+    stepper, start = _start(config, model, writer, around, notes)
+    order = Order(n_samples=len(train), batch_size=config.batch_size, seed=config.seed)
+    val_order = Order(n_samples=len(val), batch_size=config.batch_size, seed=config.seed, shuffle=False)
+    around.guard.reserve(buffer_bytes(train, config.batch_size, team.size), "the loader's buffers")
+    kwargs: dict[str, Any] = {"rank": team.rank, "size": team.size, "device": around.device}
+    with Loader(train, order, **kwargs) as loader:
+        val_loader = Loader(val, val_order, share_buffers=loader, **kwargs)
+        tracker = _tracker(config, folder, team)
+        fit = Fit(
+            stepper=stepper, team=team, train=loader, val=val_loader, saver=writer,
+            settings=_settings(config, subject, samples), position=start, steps_per_epoch=order.steps_per_epoch,
+            val_steps=val_order.steps_per_epoch, vertices=subject.n_vertices,
+            hooks=Hooks(
+                guard=around.guard, drill=around.drill, note=notes,
+                record=lambda fields: _record(fields, tracker, around), scored=_Scored(folder, subject),
+            ),
+        )  # fmt: skip
+        try:
+            outcome = _run(fit, notes)
+        finally:
+            if tracker is not None:
+                tracker.close()
+    return _finish(outcome, config, stepper, writer, subject, around, notes)
+
+
+def make_model(config: TrainConfig, subject: Subject, samples: Samples) -> BrainEncoder:
+    """The encoder with its first weights, which depend on the seed alone."""
+    torch.manual_seed(config.seed)
+    queries = subject.rois.queries(config.encoder.readout)
+    encoder = replace(config.encoder, readout=queries.readout)
+    return build_encoder(encoder, queries, channels=samples.layout.channels, grid=samples.layout.grid)
+
+
+def step_settings(config: TrainConfig) -> StepSettings:
+    """How steps of this run are computed."""
+    return StepSettings(
+        seed=config.seed, weight_decay=config.weight_decay, clip=config.clip,
+        bfloat16=config.precision == "bfloat16", compile=config.compile,
+    )  # fmt: skip
+
+
+def _run(fit: Fit, notes: _Notes) -> Outcome:
+    try:
+        return fit.run()
+    except BaseException:
+        fit.save_what_is_whole()
+        raise
+
+
+def _start(
+    config: TrainConfig, model: BrainEncoder, writer: Saver, around: Surroundings, notes: _Notes
+) -> tuple[Stepper, Position]:
+    """Allocate, then take the newest state that any rank finds; all ranks begin with the same."""
+    team = around.team
+    state_bytes = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    around.guard.reserve(state_bytes, "gradients and optimizer state")
+    share = -(-config.batch_size // team.size)
+    stepper = Stepper(model, team, step_settings(config), micro_batch=min(share, config.micro_batch or share))
+    found = checkpoint.newest(writer.places()) if team.local_rank == 0 else checkpoint.NOTHING
+    for why in found.skipped:
+        notes(f"Passed over: {why}")
+    steps = team.exchange(np.array([found.manifest.position.step if found.manifest else -1], dtype=np.float64))[:, 0]
+    holder = int(steps.argmax())
+    start = Position(step=0, epoch=0)
+    if steps[holder] >= 0:
+        if team.rank == holder and found.folder is not None and found.manifest is not None:
+            checkpoint.load_weights(found.folder, model)
+            checkpoint.load_optimizer(checkpoint.load_state(found.folder), stepper.optimizer)
+            start = found.manifest.position
+            notes(f"Going on from {found.folder}: epoch {start.epoch}, step {start.step}.")
+        start = Position(**team.broadcast(asdict(start), holder))
+        if start.micro_batch:
+            stepper.micro_batch = min(stepper.micro_batch, start.micro_batch)
+    if team.size > 1:
+        team.fill([*model.parameters(), *_optimizer_tensors(stepper)], holder)
+    _add_copy(config, stepper, writer, around, notes)
+    return stepper, start
+
+
+def _optimizer_tensors(stepper: Stepper) -> list[torch.Tensor]:
+    return [stepper.optimizer.state[p][name] for p in stepper.parameters for name in ("step", "exp_avg", "exp_avg_sq")]
+
+
+def _add_copy(config: TrainConfig, stepper: Stepper, writer: Saver, around: Surroundings, notes: _Notes) -> None:
+    """Memory for a copy of the state, on the one rank of each machine that writes; without it, writing blocks."""
+    if around.team.local_rank != 0:
+        return
+    try:
+        around.guard.reserve(copy_bytes(stepper.model, stepper.optimizer), "a copy of the training state")
+    except MemoryRefused as refused:
+        notes(f"No rolling snapshots, and checkpoints hold training up: {refused}")
+    else:
+        writer.use(StateCopy(stepper.model, stepper.optimizer))
+
+
+def _make_saver(config: TrainConfig, folder: RunFolder, around: Surroundings) -> Saver:
+    made = Saver(
+        folder, snapshots=saver.snapshot_root(folder, config.snapshot_dir), keep=config.keep, published=around.published
+    )
+    if around.team.rank == 0:
+        saver.sweep(made.places())
+    return made
+
+
+def _settings(config: TrainConfig, subject: Subject, samples: Samples) -> FitSettings:
+    provenance = {
+        "subject": subject.name,
+        "vertices": list(subject.n_vertices),
+        "samples": len(samples),
+        "features": {
+            key: {"identity": dict(getattr(view, "identity", {})), "dtype": str(view.dtype), "shape": list(view.shape)}
+            for key, view in zip(keys(config, "train"), samples.views, strict=True)
+        },
+    }
+    return FitSettings(
+        epochs=config.epochs, learning_rate=config.learning_rate, lr_drop=config.lr_drop, lr_gamma=config.lr_gamma,
+        log_every=config.log_every, snapshot_every_s=config.snapshot_every_s,
+        checkpoint_every_s=config.checkpoint_every_s, config=config.to_dict(), provenance=provenance,
+        random={"seed": config.seed, "derived_from": "blake2b(seed, step, rank, micro-batch)"},
+    )  # fmt: skip
+
+
+def _tracker(config: TrainConfig, folder: RunFolder, team: Team) -> Any:
+    if team.rank != 0:
+        return None
+    return open_trackers(config.trackers, folder.path, run=folder.next_run(), config=config.to_dict())
+
+
+def _record(fields: Mapping[str, Any], tracker: Any, around: Surroundings) -> None:
+    if tracker is not None:
+        tracker.record(fields)
+    around.on_record(fields)
+
+
+def _finish(
+    outcome: Outcome, config: TrainConfig, stepper: Stepper, writer: Saver, subject: Subject, around: Surroundings,
+    notes: _Notes,
+) -> Outcome:  # fmt: skip
+    """After the last epoch: predictions of the best weights by rank 0, and no snapshots left behind."""
+    if outcome.status != "done":
+        return outcome
+    if around.team.rank == 0 and config.predict:
+        predict_test(config, stepper, subject, around.open_views, note=notes)
+    if around.team.local_rank == 0:
+        writer.clean()
+    return outcome
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """Writes down the scores of the best validation so far: ``scores.json`` and r of each vertex."""
+
+    folder: RunFolder
+    subject: Subject
+
+    def __call__(self, r_lh: Floats, r_rh: Floats, position: Position) -> None:
+        import json
+
+        r: dict[Hemisphere, Floats] = {"lh": r_lh, "rh": r_rh}
+        self.folder.predictions.mkdir(exist_ok=True)
+        for hemisphere in HEMISPHERES:
+            save_array(self.folder.predictions / f"{hemisphere}_val_corr.npy", r[hemisphere].astype(np.float32))
+        table = {"epoch": position.epoch, "step": position.step, **summarise(r_lh, r_rh, self.subject)}
+        atomic.replace(self.folder.scores_file, json.dumps(table, indent=1).encode() + b"\n")
+
+
+class _Notes:
+    """Lines for a person: into ``RUN/train.log``, and to whoever listens in this process."""
+
+    def __init__(self, folder: RunFolder, around: Surroundings) -> None:
+        self._folder, self._around = folder, around
+
+    def __call__(self, text: str) -> None:
+        with open(self._folder.log_file, "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self._around.team.rank} [{os.getpid()}] {text}\n")
+        self._around.on_note(text)
