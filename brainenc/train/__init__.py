@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from brainenc.train.model import BrainEncoder, EncoderConfig, build_encoder
+    from brainenc.train.published import load_published
 
 _HOMES = {
     "BrainEncoder": "brainenc.train.model",
     "EncoderConfig": "brainenc.train.model",
     "build_encoder": "brainenc.train.model",
+    "load_published": "brainenc.train.published",
 }
 """Public name -> its module, imported when first asked for: torch takes seconds, ``--help`` must not."""
 
-__all__ = ["BrainEncoder", "EncoderConfig", "build_encoder"]
+__all__ = ["BrainEncoder", "EncoderConfig", "build_encoder", "load_published"]
 
 
 def __getattr__(name: str) -> Any:
