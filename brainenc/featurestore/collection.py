@@ -12,7 +12,7 @@ from brainenc.errors import CorruptData, ProvenanceMismatch, ShardSealed
 from brainenc.featurestore import commit, layout
 from brainenc.featurestore.formats import shard_format
 from brainenc.featurestore.inspection import LocalBytes, PlaceBytes, inspect
-from brainenc.featurestore.places.base import Place, ShardCache
+from brainenc.featurestore.places.base import Doubting, Place, ShardCache
 from brainenc.featurestore.schema import CollectionSpec, Json, Manifest, Receipt, ShardEntry, differences
 from brainenc.featurestore.stimuli import StimulusSet
 from brainenc.featurestore.writer import ShardWriter
@@ -37,7 +37,7 @@ class Collection:
         self.place, self.key, self.spec, self._cache = place, key, spec, cache
         self._format = shard_format(spec.format)
         self._stimuli: StimulusSet | None = None
-        self._receipts: dict[int, Receipt] = {}
+        self._looked_back = False
 
     @classmethod
     def open(cls, place: Place, key: str, cache: ShardCache | None = None) -> Collection | None:
@@ -110,8 +110,14 @@ class Collection:
         return self.spec.rows(shard)
 
     def sealed(self) -> frozenset[int]:
-        """Shards that need not be computed: those with a receipt, and whole ones without, which get theirs now."""
-        receipts, shards = self._found()
+        """Shards that need not be computed: those with a receipt, and whole ones without, which get theirs now.
+
+        Where a flush is no flush, what earlier sessions handed over is read back first, and dropped if it is not whole.
+        """
+        receipts, shards = self.found()
+        if isinstance(self.place, Doubting) and not self._looked_back:
+            receipts -= self._look_back(receipts, self.place)
+            self._looked_back = True
         return receipts | {shard for shard in shards - receipts if self.adopt(shard) is not None}
 
     def receipt(self, shard: int) -> Receipt:
@@ -121,10 +127,8 @@ class Collection:
             FileNotFoundError: it has none.
             CorruptData: it is torn or flipped.
         """
-        if shard not in self._receipts:
-            name = layout.receipt_file(self.key, shard)
-            self._receipts[shard] = Receipt.from_bytes(self.place.read(name), f"{self.place.url}/{name}")
-        return self._receipts[shard]
+        name = layout.receipt_file(self.key, shard)
+        return Receipt.from_bytes(self.place.read(name), f"{self.place.url}/{name}")
 
     def shard_writer(self, shard: int, *, environment: Mapping[str, Any] | None = None) -> ShardWriter:
         """A writer of one shard.
@@ -160,8 +164,12 @@ class Collection:
             return None
         return self._write_receipt(receipt)
 
-    def inspect(self, shard: int) -> Receipt:
+    def inspect(self, shard: int, *, from_disk: bool = False) -> Receipt:
         """Read a whole shard and check it against its own checksums; says what its receipt must say.
+
+        Args:
+            shard: its number.
+            from_disk: read what the disk has, not what memory remembers of it.
 
         Raises:
             FileNotFoundError: it is not there.
@@ -169,18 +177,14 @@ class Collection:
         """
         name = self._shard_file(shard)
         path = self.place.local(name)
-        if path is None:
-            size = self.place.size(name)
-            if size is None:
-                raise FileNotFoundError(f"{self.place.url}/{name}")
-            return inspect(PlaceBytes(self.place, name, size), self._format, self.spec, shard)
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            return inspect(LocalBytes(path, fd), self._format, self.spec, shard)
-        finally:
-            os.close(fd)
+        if path is not None:
+            return self.check_copy(shard, path, from_disk=from_disk)
+        size = self.place.size(name)
+        if size is None:
+            raise FileNotFoundError(f"{self.place.url}/{name}")
+        return inspect(PlaceBytes(self.place, name, size), self._format, self.spec, shard)
 
-    def check_copy(self, shard: int, path: Path) -> Receipt:
+    def check_copy(self, shard: int, path: Path, *, from_disk: bool = False) -> Receipt:
         """Check a local copy of a shard, as a cache fill does.
 
         Raises:
@@ -188,14 +192,32 @@ class Collection:
         """
         fd = os.open(path, os.O_RDONLY)
         try:
-            return inspect(LocalBytes(path, fd), self._format, self.spec, shard)
+            return inspect(LocalBytes(path, fd, from_disk=from_disk), self._format, self.spec, shard)
         finally:
             os.close(fd)
 
     def commit(self) -> Manifest:
         """Make every sealed shard visible to readers. Of several drivers at once each commits on top of the others."""
-        receipts, _ = self._found()
+        receipts, _ = self.found()
         return commit.advance(self.place, self.key, lambda manifest: self._extended(manifest, receipts)).manifest
+
+    def drop(self, shards: Iterable[int]) -> None:
+        """Remove shards, so that they are computed again: committed without them first, then unlinked."""
+        gone = frozenset(shards)
+        self._commit_without(gone)
+        for shard in sorted(gone):
+            self.place.delete(layout.receipt_file(self.key, shard))
+            self.place.delete(self._shard_file(shard))
+        self._commit_without(gone)  # a driver that still saw the receipts may have committed in between
+
+    def recommit(self, shards: Iterable[int]) -> None:
+        """Write receipts and manifest anew from whole shards whose papers are wrong."""
+        again = frozenset(shards)
+        self._commit_without(again)
+        for shard in sorted(again):
+            self.place.delete(layout.receipt_file(self.key, shard))
+            self.adopt(shard)
+        self.commit()
 
     def manifest(self) -> Manifest:
         """What readers see now."""
@@ -224,7 +246,7 @@ class Collection:
     def _name_row(self, row: int) -> str:
         return f"{self.stimuli.ids[row]!r} (row {row} of {self.key})"
 
-    def _found(self) -> tuple[frozenset[int], frozenset[int]]:
+    def found(self) -> tuple[frozenset[int], frozenset[int]]:
         """Numbers of the receipts and of the shards that are there."""
         if not self.place.can.fresh_listing:
             return self._probed()
@@ -261,6 +283,30 @@ class Collection:
             return self.receipt(shard)
         except FileNotFoundError:
             return None
+
+    def _commit_without(self, gone: frozenset[int]) -> None:
+        def without(manifest: Manifest) -> Manifest:
+            kept = tuple(entry for entry in manifest.shards if entry.shard not in gone)
+            return Manifest(spec=manifest.spec, shards=kept)
+
+        commit.advance(self.place, self.key, without)
+
+    def _look_back(self, receipts: Iterable[int], place: Doubting) -> frozenset[int]:
+        """Read back what is in doubt; confirm it or drop it. Returns what was dropped."""
+        doubtful = [shard for shard in sorted(receipts) if place.doubtful(self._shard_file(shard))]
+        lost = frozenset(shard for shard in doubtful if not self._is_whole(shard))
+        if lost:
+            log.warning("%d shards of %s did not arrive whole and will be made again", len(lost), self.key)
+            self.drop(lost)
+        place.confirm(self._shard_file(shard) for shard in doubtful if shard not in lost)
+        return lost
+
+    def _is_whole(self, shard: int) -> bool:
+        try:
+            return self.receipt(shard) == self.inspect(shard)
+        except (CorruptData, FileNotFoundError) as error:
+            log.warning("%s", error)
+            return False
 
     def _extended(self, manifest: Manifest, receipts: Iterable[int]) -> Manifest:
         known = {entry.shard for entry in manifest.shards}

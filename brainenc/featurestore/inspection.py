@@ -44,9 +44,13 @@ class Bytes(Protocol):
 class LocalBytes:
     """A local file, read and never mapped: a failing disk is an ``OSError`` then, not a SIGBUS."""
 
-    def __init__(self, path: Path, fd: int) -> None:
+    def __init__(self, path: Path, fd: int, *, from_disk: bool = False) -> None:
         self.where, self._fd = str(path), fd
         self.size = os.fstat(fd).st_size
+        if hasattr(os, "posix_fadvise"):
+            if from_disk:  # forget the copy in memory, which may be right where the disk is wrong
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes ``start`` to ``end``."""
@@ -138,7 +142,11 @@ def _note(data: bytes, where: str) -> Note:
 def _compare(where: str, note: Note, blocks: list[str], frame: str) -> None:
     bad = [i for i, (a, b) in enumerate(zip(note.blocks, blocks, strict=False)) if a != b]
     if len(blocks) != len(note.blocks) or bad:
-        rows = f"rows {bad[0] * note.block_rows} to {(bad[-1] + 1) * note.block_rows - 1}" if bad else "its rows"
+        rows = (
+            f"rows {bad[0] * note.block_rows} to {min((bad[-1] + 1) * note.block_rows, note.rows) - 1}"
+            if bad
+            else "its rows"
+        )
         raise CorruptData(f"{where} was changed: {rows} of the shard do not match their checksums.")
     if frame != note.frame:
         raise CorruptData(f"{where} was changed: the bytes around its rows do not match their checksum.")

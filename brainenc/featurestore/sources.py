@@ -6,6 +6,7 @@ tables, and a failing disk is an ``OSError`` instead of a SIGBUS. Maps serve sli
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import threading
@@ -30,6 +31,7 @@ _OPEN_FILES = 128
 _AHEAD_BYTES = 256 << 20
 _FETCH_THREADS = 16
 _CORRUPT_TRIES = 3
+_RECEIPTS = 1024
 
 
 class Source(Protocol):
@@ -205,11 +207,12 @@ class RangedSource(_ForkAware):
         self._collection = collection
         self._entries = {entry.shard: entry for entry in manifest.shards}
         self._row_bytes = manifest.spec.shard(0).row_bytes
+        self._receipt = functools.lru_cache(_RECEIPTS)(collection.receipt)
         self._reset()
 
     def read(self, shard: int, row: int, out: memoryview) -> None:
         """Fill ``out`` from checked blocks."""
-        per_block = self._collection.receipt(shard).note.block_rows
+        per_block = self._receipt(shard).note.block_rows
         while len(out):
             block, skip = divmod(row, per_block)
             data = self._block(shard, block).result()
@@ -223,7 +226,7 @@ class RangedSource(_ForkAware):
 
     def prefetch(self, shard: int, row: int, count: int) -> None:
         """Fetch the blocks of these rows in the background."""
-        per_block = self._collection.receipt(shard).note.block_rows
+        per_block = self._receipt(shard).note.block_rows
         for block in range(row // per_block, (row + count - 1) // per_block + 1):
             self._block(shard, block)
 
@@ -248,10 +251,10 @@ class RangedSource(_ForkAware):
         return future
 
     def _block_bytes(self, shard: int) -> int:
-        return self._collection.receipt(shard).note.block_rows * self._row_bytes
+        return self._receipt(shard).note.block_rows * self._row_bytes
 
     def _fetch(self, shard: int, block: int) -> bytes:
-        receipt, size = self._collection.receipt(shard), self._block_bytes(shard)
+        receipt, size = self._receipt(shard), self._block_bytes(shard)
         start = receipt.data_offset + block * size
         end = min(start + size, receipt.data_offset + receipt.rows * self._row_bytes)
         name = self._collection.shard_name(shard)

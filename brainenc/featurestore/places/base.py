@@ -8,10 +8,10 @@ overwritten, so that a place needs no replace, no append and no rename of what o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from brainenc.errors import UsageError
 
@@ -111,6 +111,19 @@ class Place(Protocol):
 
     def local(self, name: str) -> Path | None:
         """Where the file can be memory-mapped; None: it must be staged or read by ranges."""
+        ...
+
+
+@runtime_checkable
+class Doubting(Protocol):
+    """A place without a real flush, that remembers what has been seen to arrive."""
+
+    def doubtful(self, name: str) -> bool:
+        """Whether an earlier session handed this file over, and nobody has read it back since."""
+        ...
+
+    def confirm(self, names: Iterable[str]) -> None:
+        """These were read back, whole and right."""
         ...
 
 
