@@ -1,0 +1,74 @@
+"""Are the images still those that the store's rows were made of? By stats first, by content where stats differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from brainenc.errors import StimuliChanged
+from brainenc.featurestore.stimuli import StimulusSet
+
+_THREADS = 8  # reading and hashing wait for disks and networks, not for the processor
+
+
+def suspects(stored: StimulusSet, found: StimulusSet) -> list[int]:
+    """Rows whose file has another size or stamp than when the set was made. Where it lies does not matter.
+
+    Raises:
+        StimuliChanged: other ids, or another order of rows.
+    """
+    if stored.ids != found.ids:
+        ids = [StimulusSet.from_ids(s.name, s.ids) for s in (stored, found)]
+        raise StimuliChanged(
+            f"The images of {stored.name!r} are not those in the store: of {len(stored)} there, {len(found)} here: "
+            f"{ids[0].difference(ids[1])}. A stimulus set never changes, because rows are numbered by it: put the "
+            "images back, or give the new set a name of its own with --stimuli NAME."
+        )
+    pairs = enumerate(zip(stored, found, strict=True))
+    return [row for row, (old, new) in pairs if (old.size, old.stamp) != (new.size, new.stamp)]
+
+
+def changed_rows(
+    rows: Sequence[int],
+    stored: StimulusSet,
+    found: StimulusSet,
+    known_hash: Callable[[int], str | None],
+    hash_now: Callable[[str], str],
+) -> list[int]:
+    """Those of ``rows`` whose image is another one than before.
+
+    A row that no feature was computed of has no hash: there its size decides, for nothing was made of the old bytes.
+
+    Args:
+        rows: what to look at.
+        stored: the set as it stands in the store.
+        found: the set as it was listed now.
+        known_hash: row -> content hash kept in a receipt, None where there is none.
+        hash_now: URI -> content hash of what lies there now.
+    """  # fmt: skip
+
+    def changed(row: int) -> bool:
+        before = known_hash(row)
+        if before is None:
+            return stored[row].size != found[row].size
+        return before != hash_now(found[row].uri)
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as pool:
+        return [row for row, is_changed in zip(rows, pool.map(changed, rows), strict=True) if is_changed]
+
+
+def refuse_changed(rows: Iterable[int], stored: StimulusSet, found: StimulusSet) -> None:
+    """Refuse a set in which images were replaced.
+
+    Raises:
+        StimuliChanged: naming the first of them.
+    """
+    rows = list(rows)
+    if not rows:
+        return
+    shown = ", ".join(f"{stored[row].id} ({found[row].uri})" for row in rows[:5])
+    raise StimuliChanged(
+        f"{len(rows)} image(s) of {stored.name!r} were replaced since features were made of them: {shown}"
+        f"{' ...' if len(rows) > 5 else ''}. A stimulus set never changes: put the old files back, or give the new set a "
+        "name of its own with --stimuli NAME."
+    )

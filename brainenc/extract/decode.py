@@ -1,0 +1,72 @@
+"""Decodes images ahead of the model, in order and never further than asked. Worker only; threads inside."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoded:
+    """One image, ready for the model, or why it is not."""
+
+    row: int
+    uri: str
+    pixels: torch.Tensor | None
+    """(3, H, W) float32."""
+    content_hash: str
+    """Of the bytes that were decoded; empty when they could not even be read."""
+    problem: str = ""
+
+
+class DecodeAhead:
+    """A pool of threads that keeps a bounded number of images decoded beyond the consumer.
+
+    Args:
+        threads: size of the pool.
+    """
+
+    def __init__(self, *, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
+
+    def images(
+        self, decode: Callable[[int, str], Decoded], rows: Sequence[int], uris: Sequence[str], *, ahead: int
+    ) -> Iterator[Decoded]:
+        """Decode in order. Leaving the iterator early cancels what has not begun.
+
+        Args:
+            decode: (row, uri) -> :class:`Decoded`; called in the pool's threads; returns problems, raises only what
+                no other image could survive either (``MemoryError``).
+            rows: row of each image.
+            uris: where each lies.
+            ahead: images that may be decoded, or in decoding, before they are asked for.
+        """
+        todo = iter(zip(rows, uris, strict=True))
+        waiting: deque[Future[Decoded]] = deque(
+            self._pool.submit(decode, *item) for item in islice(todo, max(1, ahead))
+        )
+        try:
+            while waiting:
+                image = waiting.popleft().result()
+                waiting.extend(self._pool.submit(decode, *item) for item in islice(todo, 1))
+                yield image
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def batches(images: Iterator[Decoded], size: int) -> Iterator[list[Decoded]]:
+    """Groups of ``size``, the last one short."""
+    while batch := list(islice(images, size)):
+        yield batch

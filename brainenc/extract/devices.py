@@ -1,0 +1,97 @@
+"""The device a worker computes on: which one, what it is called, when it is out of memory. Worker and driver."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from brainenc.errors import UsageError
+
+_LIBRARIES = ("torch", "transformers", "open_clip_torch", "timm", "torchvision", "pillow", "numpy")
+_NO_MEMORY = (
+    "not enough memory",  # torch's CPU allocator raises a plain RuntimeError
+    "can't allocate memory",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` -> ``cuda`` where there is one, else ``cpu``.
+
+    Raises:
+        UsageError: ``cuda`` was asked for and there is none.
+    """
+    if device == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if device == "cuda":
+        raise UsageError("--device cuda was asked for, but torch sees no CUDA device here; `brainenc doctor` says why.")
+    return "cpu"
+
+
+def device_count(device: str) -> int:
+    """Model copies that make sense by default: one per GPU, else one."""
+    return max(1, torch.cuda.device_count()) if device == "cuda" else 1
+
+
+def device_name(device: str) -> str:
+    """What receipts call it: ``cpu``, or the GPU's model, because equal bytes are promised per kind of device."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
+def environment(device: str, threads: int, micro_batch: int) -> dict[str, Any]:
+    """What a shard was computed with, for its receipt. Neither clock nor host: equal work leaves equal receipts."""
+    versions = {name: _version(name) for name in _LIBRARIES}
+    return {
+        "device": device_name(device),
+        "threads": threads,
+        "micro_batch": micro_batch,
+        "brainenc": _version("brainenc"),
+        **{name: version for name, version in versions.items() if version},
+    }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less at a time may help: a device, the host, or the guard refused memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def release_memory(device: str) -> None:
+    """Give back what a failed pass left; only under pressure, because freeing and asking again costs time."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: the affinity mask or a control group's quota, whichever is tighter."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    quota = _cpu_quota()
+    return max(1, min(cores, int(quota))) if quota else cores
+
+
+def _cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    if (root / "cpu.max").exists():
+        limit, period = (root / "cpu.max").read_text().split()[:2]
+        return None if limit == "max" else int(limit) / int(period)
+    v1 = root / "cpu" / "cpu.cfs_quota_us"
+    if v1.exists() and int(v1.read_text()) > 0:
+        return int(v1.read_text()) / int(v1.with_name("cpu.cfs_period_us").read_text())
+    return None
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

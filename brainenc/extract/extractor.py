@@ -1,0 +1,283 @@
+"""One worker's work: the images of a shard through the backbone once, each feature into a shard of its own.
+
+A plain class: tests call it without a cluster, ``pipeline.py`` puts it into Ray's actors. It raises nothing that a
+shard did; what happened comes back as a :class:`~brainenc.extract.outcome.ShardOutcome`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from brainenc.errors import BrainencError, ExtractionFailed, ShardSealed, StimuliChanged, ValueNotStorable
+from brainenc.extract.backbone import load_backbone
+from brainenc.extract.config import ExtractJob
+from brainenc.extract.decode import DecodeAhead, Decoded, batches
+from brainenc.extract.devices import environment, is_out_of_memory, release_memory
+from brainenc.extract.features import Feature
+from brainenc.extract.images import open_image
+from brainenc.extract.outcome import ShardOutcome, ShardPass
+from brainenc.extract.plan import ShardTask
+from brainenc.extract.reading import content_hash, image_from_pixels, read_bytes, read_pixels
+from brainenc.featurestore.dtypes import logical_dtype
+from brainenc.featurestore.store import open_store
+from brainenc.featurestore.writer import ShardWriter
+from brainenc.guard.messages import NullGuard, StepGuard
+
+
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """Where one feature of a shard goes."""
+
+    key: str
+    row_shape: tuple[int, ...]
+    writer: ShardWriter
+
+
+Sinks = Mapping[Feature, Sink]
+
+
+class Stopped(Exception):
+    """Leaves a shard at a micro-batch boundary; never leaves this module."""
+
+
+class Extractor:
+    """A backbone on one device, used for shard after shard. Worker only; one thread calls it.
+
+    Args:
+        job: what is the same for all shards.
+        guard: asked at every micro-batch: an order to stop or to shrink is obeyed.
+        should_stop: asked at every micro-batch as well.
+        on_batch: told (images done so far, size of the next pass) before each forward pass.
+    """
+
+    def __init__(
+        self,
+        job: ExtractJob,
+        *,
+        guard: StepGuard | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_batch: Callable[[int, int], None] = lambda rows, size: None,
+    ) -> None:
+        self._job, self._guard = job, guard or NullGuard()
+        self._should_stop, self._on_batch = should_stop, on_batch
+        torch.set_num_threads(job.threads)  # explicit: equal bytes need an equal number of threads
+        self._store = open_store(job.store, stage=job.stage)
+        self._backbone = load_backbone(
+            job.backbone, slug=job.slug, size_policy=job.size_policy, image_size=job.image_size
+        ).to(job.device, job.compute)
+        self._dtype: torch.dtype = getattr(torch, job.dtype)
+        self._ahead = DecodeAhead(threads=job.decode_threads)
+        self._ceiling: int | None = None
+        """Micro-batch that memory allows here; learned, and kept for this worker's life."""
+        self._rows_done = 0
+
+    def close(self) -> None:
+        """End the decoding threads."""
+        self._ahead.close()
+
+    def extract(self, task: ShardTask) -> ShardOutcome:
+        """Do one shard. Features that somebody sealed meanwhile are left alone."""
+        shard = ShardPass(task=task)
+        try:
+            with self._open_sinks(task) as sinks:
+                if sinks:
+                    self._fill(shard, sinks)
+        except Stopped:
+            return shard.outcome("stopped")
+        except Exception as error:  # told to the driver, which decides what it means for the run
+            return shard.outcome("failed", error=_portable(error, task))
+        return shard.outcome("bad_images" if self._unfit(shard) else "sealed")
+
+    def _unfit(self, shard: ShardPass) -> bool:
+        return bool(shard.bad) and self._job.on_bad_image == "fail"
+
+    @contextlib.contextmanager
+    def _open_sinks(self, task: ShardTask) -> Iterator[Sinks]:
+        """A writer for each feature whose shard is not sealed; what was not sealed inside is dropped on the way out."""
+        made_with = environment(self._job.device, self._job.threads, task.micro_batch)
+        with contextlib.ExitStack() as stack:
+            sinks = {}
+            for text, key in task.features:
+                with contextlib.suppress(ShardSealed):
+                    collection = self._store.collection(key)
+                    writer = stack.enter_context(collection.shard_writer(task.shard, environment=made_with))
+                    sinks[Feature.parse(text)] = Sink(key, collection.row_shape, writer)
+            yield sinks
+
+    def _fill(self, shard: ShardPass, sinks: Sinks) -> None:
+        task = shard.task
+        images = self._ahead.images(
+            self._decoder(task.stimuli), range(task.start, task.stop), task.uris, ahead=2 * task.micro_batch
+        )
+        with contextlib.closing(images):
+            for batch in batches(images, task.micro_batch):
+                self._obey(task.micro_batch)
+                shard.take(batch)
+                if not self._unfit(shard):  # else go on only to find the other bad images
+                    self._compute(shard, batch, sinks)
+        if self._unfit(shard):
+            return
+        self._compare_with_sibling(shard)
+        for sink in sinks.values():
+            sink.writer.seal(content_hashes=shard.hashes)
+            shard.sealed.append(sink.key)
+
+    def _compute(self, shard: ShardPass, batch: Sequence[Decoded], sinks: Sinks) -> None:
+        """Forward what is there of the batch, in pieces that fit, and append every row in order."""
+        pixels = [image.pixels for image in batch if image.pixels is not None]
+        absent = [n for n, image in enumerate(batch) if image.pixels is None]
+        pieces = self._forward(shard, pixels, list(sinks))
+        if absent:  # rare: worth a copy
+            pieces = iter([_with_gaps(list(pieces), sinks, absent, len(batch))])
+        for outputs in pieces:
+            for feature, sink in sinks.items():
+                self._append(sink, outputs.pop(feature), absent)
+
+    def _append(self, sink: Sink, rows: np.ndarray, absent: Sequence[int]) -> None:
+        try:
+            sink.writer.append(rows, missing=absent)
+        except ValueNotStorable as error:
+            wider = "float32" if self._job.dtype == "bfloat16" else "bfloat16 or --dtype float32"
+            raise ValueNotStorable(
+                f"{sink.key}: {error} If the model itself gives finite numbers, --dtype {wider} holds them."
+            ) from error
+
+    def _forward(
+        self, shard: ShardPass, pixels: Sequence[torch.Tensor], features: list[Feature]
+    ) -> Iterator[dict[Feature, np.ndarray]]:
+        """Outputs of all images in order, in one pass if memory allows; else the passes are halved until it does."""
+        start = 0
+        while start < len(pixels):
+            size = min(len(pixels) - start, self._ceiling or len(pixels))
+            shard.begin_batch()
+            self._on_batch(self._rows_done, size)
+            outputs = self._try(pixels[start : start + size], features)
+            if isinstance(outputs, str):
+                if size == 1:
+                    raise ExtractionFailed(_nothing_fits(self._job, outputs))
+                self._shrink(size // 2)
+                shard.notes.append(f"out of memory with {size} images at a time: {self._ceiling} from here on")
+                continue
+            yield outputs
+            start += size
+            self._rows_done += size
+            shard.end_batch(size, self._ceiling)
+
+    def _try(self, pixels: Sequence[torch.Tensor], features: list[Feature]) -> dict[Feature, np.ndarray] | str:
+        """One forward pass; the text of the error when memory ran out (not the error: its traceback holds tensors)."""
+        try:
+            stacked = torch.stack(list(pixels))
+            if self._job.device.startswith("cuda"):
+                stacked = stacked.pin_memory().to(self._job.device, non_blocking=True)
+            with torch.inference_mode():
+                outputs = self._backbone.forward(stacked, features, dtype=self._dtype)
+                return {feature: _to_numpy(outputs.pop(feature)) for feature in features}
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return _one_line(error)
+
+    def _shrink(self, size: int) -> None:
+        self._ceiling = max(1, size)
+        release_memory(self._job.device)
+
+    def _obey(self, micro_batch: int) -> None:
+        """What guard and driver ask for, at a micro-batch boundary."""
+        order = self._guard.pending()
+        if self._should_stop() or (order is not None and order.kind == "stop"):
+            raise Stopped
+        if order is not None:
+            if order.kind == "shrink":
+                self._shrink((self._ceiling or micro_batch) // 2)
+            self._guard.saved(path=self._job.store, step=self._rows_done, epoch=0)  # what is sealed is durable already
+        self._guard.beat(epoch=0, step=self._rows_done)
+
+    def _decoder(self, stimuli: str) -> Callable[[int, str], Decoded]:
+        wanted = self._job.image_shapes.get(stimuli)
+        return lambda row, uri: self._decode(row, uri, wanted)
+
+    def _decode(self, row: int, uri: str, wanted: tuple[int, int] | None) -> Decoded:
+        """Read, hash, decode and preprocess one image. Runs in the decoding threads."""
+        digest = ""
+        try:
+            pixels = read_pixels(uri)
+            data = read_bytes(uri) if pixels is None else pixels.tobytes()
+            digest = content_hash(data)
+            tensor = self._backbone.preprocess(open_image(data) if pixels is None else image_from_pixels(pixels))
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a decoder raises is this image's problem: kept, listed, never hidden
+            return Decoded(row=row, uri=uri, pixels=None, content_hash=digest, problem=_one_line(error))
+        height, width = tensor.shape[-2:]
+        if wanted is not None and (height, width) != wanted:
+            problem = (
+                f"gives {height} x {width} pixels where the others give {wanted[0]} x {wanted[1]} "
+                "(images of different sizes need --size-policy resize or crop)"
+            )
+            return Decoded(row=row, uri=uri, pixels=None, content_hash=digest, problem=problem)
+        return Decoded(row=row, uri=uri, pixels=tensor, content_hash=digest)
+
+    def _compare_with_sibling(self, shard: ShardPass) -> None:
+        """A feature that was sealed earlier for these rows says what the images were; they must be the same now."""
+        sibling = shard.task.sibling
+        if sibling is None:
+            return
+        before = self._store.collection(sibling).receipt(shard.task.shard).content_hashes or ()
+        pairs = zip(shard.task.uris, before, shard.hashes, strict=False)
+        changed = [uri for uri, old, new in pairs if old and new and old != new]
+        if changed:
+            raise StimuliChanged(
+                f"{len(changed)} image(s) of {shard.task.stimuli} are not those that {sibling} was made of: "
+                f"{', '.join(changed[:5])}. Put the old files back, or extract the new ones under another name: "
+                "--stimuli NAME."
+            )
+
+
+def _with_gaps(
+    pieces: Sequence[Mapping[Feature, np.ndarray]], sinks: Sinks, absent: Sequence[int], n_rows: int
+) -> dict[Feature, np.ndarray]:
+    """The rows of a batch with zeros where images are missing."""
+    present = [n for n in range(n_rows) if n not in set(absent)]
+    whole: dict[Feature, np.ndarray] = {}
+    for feature, sink in sinks.items():
+        rows = np.zeros((n_rows, *sink.row_shape), np.float32)
+        if pieces:
+            rows[present] = np.concatenate([piece[feature] for piece in pieces])
+        whole[feature] = rows
+    return whole
+
+
+def _to_numpy(output: torch.Tensor) -> np.ndarray:
+    """The rows on the host; bfloat16, which NumPy does not have by itself, as the store knows it."""
+    output = output.cpu()
+    if output.dtype == torch.bfloat16:
+        return output.view(torch.uint16).numpy().view(logical_dtype("bfloat16"))
+    array: np.ndarray = output.numpy()
+    return array
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, BrainencError) else f"{type(error).__name__}: {text}"
+
+
+def _nothing_fits(job: ExtractJob, why: str) -> str:
+    return (
+        f"{job.backbone} does not fit on {job.device} even with one image at a time ({why}). Take a smaller backbone or "
+        "--image-size, fewer features in one command, or --device cpu."
+    )
+
+
+def _portable(error: Exception, task: ShardTask) -> Exception:
+    """The error as it crosses to the driver: ours as they are, foreign ones as text with their traceback."""
+    if isinstance(error, BrainencError):
+        return error
+    return ExtractionFailed(
+        f"Shard {task.name} failed: {_one_line(error)}.\n{''.join(traceback.format_exception(error))}"
+    )

@@ -1,0 +1,232 @@
+"""Extraction over Ray Data: the only file of this package that knows Ray.
+
+The driver plans what is missing, Ray Data hands one shard at a time to a pool of actors, and only receipts come back:
+pixels and features never enter Ray's object store. What counts as done is what the store says, never what Ray says,
+so that any process may die at any moment and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from brainenc.addresses import init_options, resolve
+from brainenc.errors import ExtractionFailed
+from brainenc.extract.attempts import AttemptLedger, LedgerState
+from brainenc.extract.config import ExtractConfig, ExtractProgress, ExtractSummary
+from brainenc.extract.estimate import plan_of
+from brainenc.extract.outcome import ShardOutcome
+from brainenc.extract.plan import ShardTask, check_space
+from brainenc.extract.prepare import Survey, create, survey
+from brainenc.extract.progress import Meter
+from brainenc.extract.run import Run
+from brainenc.extract.scratch import scratch_folder
+from brainenc.extract.worker import Worker
+
+TICK_S = 0.5
+"""How often the driver looks at the ledger."""
+
+
+def extract(config: ExtractConfig, *, progress: Callable[[ExtractProgress], None] | None = None) -> ExtractSummary:
+    """Compute what the store lacks. Driver only; blocks until done; the same call again goes on where it ended.
+
+    Ray is started only if something is left to do, and stopped again if it was started here.
+
+    Raises:
+        NoSpace: what is left does not fit, known before anything starts; or the disk filled up meanwhile.
+        BadImages: some images cannot be read (``on_bad_image="fail"``); the other shards are sealed.
+        ExtractionFailed: workers kept dying, or failed.
+        StoppedSafely: a signal or the guard asked to stop; what was sealed stays.
+        KeyboardInterrupt: Ctrl-C, after the same safe stop.
+    """
+    started = time.perf_counter()
+    found = survey(config)
+    check_space(plan_of(found))
+    run = Run(
+        config=config, tasks=found.tasks, wanted=found.wanted, collections=create(found), started=started
+    )  # fmt: skip
+    if run.tasks:
+        with _ray(config, found), _signals(run):
+            _drive(run, found, progress)
+    return run.finish()
+
+
+def _drive(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] | None) -> None:
+    """Feed the tasks to the actors and take in what comes back."""
+    tries = run.config.max_attempts
+    # Never restarted, and older than the workers: Ray's memory monitor then kills it last.
+    ledger = ray.remote(num_cpus=0, max_restarts=0)(AttemptLedger).remote(
+        max_attempts=tries, max_deaths=tries + found.actors
+    )
+    run.started_ray = True
+    with _Ticker(run, ledger, progress):
+        try:
+            for outcome in _outcomes(run.tasks, found, ledger):
+                run.take(outcome)
+                if run.stop_reason and ray.get(ledger.state.remote()).active == 0:
+                    break  # nobody is at work any more, and nobody begins
+        except ray.exceptions.RayError as error:
+            run.stop_reason = run.stop_reason or "Ray gave up"
+            run.failure = ExtractionFailed(f"Ray gave up: {error}. What was sealed stays; the same command goes on.")
+
+
+def _outcomes(tasks: Sequence[ShardTask], found: Survey, ledger: Any) -> Iterator[ShardOutcome]:
+    with DataContext.current(_data_context()):
+        rows = [{"task": pickle.dumps(task)} for task in tasks]
+        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _Actor,
+            batch_size=1,
+            batch_format="numpy",
+            compute=ActorPoolStrategy(size=min(found.actors, len(rows)), max_tasks_in_flight_per_actor=1),
+            fn_constructor_args=(pickle.dumps(found.job), ledger),
+            **_resources(found),
+        )
+        # Without prefetching, a receipt is seen 0.1 s after its shard is sealed; with it, one shard late.
+        for batch in results.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
+            yield from map(pickle.loads, batch["outcome"])
+
+
+def _resources(found: Survey) -> dict[str, float]:
+    """Of one actor. A cluster smaller than what was asked for still gets its actors, on shared cores."""
+    there = ray.cluster_resources()
+    share = {"num_cpus": min(found.threads, there.get("CPU", 1.0) / found.actors)}
+    if found.device == "cuda":
+        share["num_gpus"] = min(1.0, there.get("GPU", 1.0) / found.actors)
+    return share
+
+
+class _Actor:
+    """What Ray Data calls in each actor: unpacks a task, packs the outcome."""
+
+    def __init__(self, job: bytes, ledger: Any) -> None:
+        self._worker = Worker(pickle.loads(job), _RemoteLedger(ledger), name=_actor_name())
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        (packed,) = batch["task"]  # one row, one shard, one call
+        outcome = np.empty(1, object)
+        outcome[0] = pickle.dumps(self._worker(pickle.loads(packed)))
+        return {"outcome": outcome}
+
+
+class _RemoteLedger:
+    """The ledger as a worker sees it: plain calls to the actor beside the driver."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def begin(self, task: str, worker: str) -> Any:
+        return ray.get(self._actor.begin.remote(task, worker))
+
+    def end(self, task: str, *, sealed: bool) -> None:
+        ray.get(self._actor.end.remote(task, sealed=sealed))
+
+    def report(self, reading: Any) -> str:
+        return str(ray.get(self._actor.report.remote(reading)))
+
+    def tell(self, reading: Any) -> None:
+        """Like `report`, without waiting: before a pass that may be the worker's last."""
+        self._actor.report.remote(reading)
+
+
+def _actor_name() -> str:
+    context = ray.get_runtime_context()
+    return f"{context.get_node_id()[:8]}:{os.getpid()}"
+
+
+@contextlib.contextmanager
+def _ray(config: ExtractConfig, found: Survey) -> Iterator[None]:
+    """The cluster that was asked for; else one of our own, gone afterwards. One that this process has is used as it is."""
+    address = resolve(config.address, command="extract")
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it narrates its plans; its log files still have them
+    on_term = signal.getsignal(signal.SIGTERM)
+    with contextlib.ExitStack() as stack:
+        scratch = None if address else str(stack.enter_context(scratch_folder()))
+        cpus = found.actors * found.threads + 1
+        ray.init(**init_options(address, num_cpus=cpus, temp_dir=scratch))
+        try:
+            yield
+        finally:
+            ray.shutdown()
+            with contextlib.suppress(ValueError):  # Ray put a handler of its own there; ours to undo in the main thread
+                signal.signal(signal.SIGTERM, on_term)
+
+
+@contextlib.contextmanager
+def _signals(run: Run) -> Iterator[None]:
+    """The first SIGTERM or Ctrl-C ends the run at the next micro-batch; a second Ctrl-C ends it on the spot."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _frame: Any) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            run.interrupted = True
+        run.stop_reason = run.stop_reason or signal.Signals(number).name
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Ticker:
+    """A thread beside the driver's loop, which sees nothing between two receipts: progress out, orders to stop in."""
+
+    def __init__(self, run: Run, ledger: Any, progress: Callable[[ExtractProgress], None] | None) -> None:
+        self._run, self._ledger, self._progress = run, ledger, progress
+        self._meter = Meter(run.images_total, run.shards_total)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        self._look()
+
+    def _tick(self) -> None:
+        while not self._end.wait(TICK_S):
+            self._look()
+
+    def _look(self) -> None:
+        try:
+            if self._run.stop_reason:
+                ray.get(self._ledger.stop.remote(self._run.stop_reason), timeout=10)
+            state: LedgerState = ray.get(self._ledger.state.remote(), timeout=10)
+        except ray.exceptions.RayError:  # gone with its node, or Ray is going down: the loop hears of it by itself
+            return
+        self._run.ledger = state
+        if self._progress is not None:
+            self._progress(self._meter.read(state, self._run.shards_sealed))
+
+
+def _data_context() -> DataContext:
+    """Ray Data's settings for this run: silent, unordered, patient."""
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = None  # never split a task
+    context.execution_options.preserve_order = False
+    context.execution_no_progress_timeout_s = -1  # a shard may take hours on a CPU
+    return context

@@ -1,0 +1,216 @@
+"""What is left to do, and what it will take. Pure: values in, values out; no clock, no disk, no Ray."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from brainenc.errors import NoSpace
+from brainenc.extract.config import MAX_ROWS_PER_SHARD
+from brainenc.units import format_bytes, format_seconds
+
+SPACE_MARGIN = 64 << 20
+"""Bytes that stay free on the store's disk beyond what the features take: manifests, receipts, everybody else's logs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """One collection as the run finds it."""
+
+    key: str
+    stimuli: str
+    feature: str
+    row_shape: tuple[int, ...]
+    row_bytes: int
+    n_rows: int
+    rows_per_shard: int
+    micro_batch: int
+    sealed: frozenset[int] = frozenset()
+
+    @property
+    def n_shards(self) -> int:
+        """Shards of the whole collection."""
+        return math.ceil(self.n_rows / self.rows_per_shard)
+
+    @property
+    def rows_left(self) -> int:
+        """Rows of the shards that are not sealed."""
+        return sum(len(shard_rows(s, self.rows_per_shard, self.n_rows)) for s in self.shards_left)
+
+    @property
+    def shards_left(self) -> list[int]:
+        """Shards that are not sealed, in order."""
+        return [s for s in range(self.n_shards) if s not in self.sealed]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardTask:
+    """One pass over the images of one shard, for every feature that the shard lacks."""
+
+    stimuli: str
+    shard: int
+    start: int
+    stop: int
+    micro_batch: int
+    features: tuple[tuple[str, str], ...]
+    """(feature, key) of each."""
+    uris: tuple[str, ...] = ()
+    sibling: str | None = None
+    """A key whose shard of the same rows is sealed: its receipt says what the images were."""
+
+    @property
+    def name(self) -> str:
+        """``subj01-train/00003``: what ledgers and messages call it."""
+        return f"{self.stimuli}/{self.shard:05d} (rows {self.start} to {self.stop - 1})"
+
+    @property
+    def n_rows(self) -> int:
+        """Images in it."""
+        return self.stop - self.start
+
+
+def shard_rows(shard: int, rows_per_shard: int, n_rows: int) -> range:
+    """Rows of a shard; the last one may be short."""
+    return range(shard * rows_per_shard, min((shard + 1) * rows_per_shard, n_rows))
+
+
+def choose_rows_per_shard(row_bytes: Iterable[int], micro_batch: int, shard_bytes: int) -> int:
+    """Rows of a shard for features that are computed together: the largest feature fills ``shard_bytes``.
+
+    A whole number of micro-batches, because a micro-batch never crosses a shard, and at most
+    :data:`~brainenc.extract.config.MAX_ROWS_PER_SHARD`.
+    """
+    fitting = shard_bytes // max(row_bytes)
+    return max(1, min(fitting, MAX_ROWS_PER_SHARD) // micro_batch) * micro_batch
+
+
+def outstanding(wanted: Iterable[Wanted]) -> list[ShardTask]:
+    """What is left: one task for each range of rows, with all features that lack it.
+
+    Features whose collections were created with other shard sizes or micro-batches cannot share a pass and get
+    tasks of their own. Tasks come in the order of rows.
+    """
+    passes: dict[tuple[str, int, int], list[Wanted]] = defaultdict(list)
+    for w in wanted:
+        passes[(w.stimuli, w.rows_per_shard, w.micro_batch)].append(w)
+    tasks: list[ShardTask] = []
+    for (stimuli, per_shard, micro_batch), members in passes.items():
+        for shard in range(members[0].n_shards):
+            lacking = tuple((w.feature, w.key) for w in members if shard not in w.sealed)
+            if lacking:
+                rows = shard_rows(shard, per_shard, members[0].n_rows)
+                sibling = next((w.key for w in members if shard in w.sealed), None)
+                tasks.append(
+                    ShardTask(
+                        stimuli=stimuli, shard=shard, start=rows.start, stop=rows.stop, micro_batch=micro_batch,
+                        features=lacking, sibling=sibling,
+                    )
+                )  # fmt: skip
+    return tasks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CollectionPlan:
+    """One collection, as `brainenc plan` shows it."""
+
+    key: str
+    rows: int
+    row_shape: tuple[int, ...]
+    bytes_per_image: int
+    bytes_total: int
+    bytes_left: int
+    shards: int
+    shards_left: int
+    exists: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractPlan:
+    """What an extraction will take."""
+
+    store: str
+    collections: tuple[CollectionPlan, ...]
+    images_left: int
+    """Images that have to go through the model; one pass serves all features of a shard."""
+    disk_needed_bytes: int
+    disk_free_bytes: int | None
+    """None: the place does not say (object stores)."""
+    actors: int
+    micro_batch: int
+    device: str
+    actor_memory_bytes: int | None = None
+    """Anonymous memory of one worker at its peak; None when nothing was timed."""
+    memory_limit_bytes: int | None = None
+    seconds_per_image: float | None = None
+    startup_s: float = 0.0
+
+    @property
+    def seconds(self) -> float | None:
+        """Time for what is left, start-up included; None when nothing was timed."""
+        if self.images_left == 0:
+            return 0.0
+        if self.seconds_per_image is None:
+            return None
+        return self.startup_s + self.images_left * self.seconds_per_image
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {**asdict(self), "seconds": self.seconds}
+
+    def lines(self) -> list[str]:
+        """The plan as people read it."""
+        out = []
+        for c in self.collections:
+            shape = " x ".join(map(str, c.row_shape))
+            state = "new" if not c.exists else f"{c.shards - c.shards_left} of {c.shards} shards sealed"
+            out.append(
+                f"{c.key}: {c.rows} rows of {shape}, {format_bytes(c.bytes_per_image)} an image, "
+                f"{format_bytes(c.bytes_total)} in {c.shards} shards ({state})"
+            )
+        free = "unknown" if self.disk_free_bytes is None else format_bytes(self.disk_free_bytes)
+        out.append(f"disk: {format_bytes(self.disk_needed_bytes)} to write, {free} free at {self.store}")
+        if self.actor_memory_bytes is not None:
+            limit = f" of {format_bytes(self.memory_limit_bytes)}" if self.memory_limit_bytes else ""
+            out.append(
+                f"memory: {format_bytes(self.actor_memory_bytes)} an actor, {self.actors} actor(s), micro-batch "
+                f"{self.micro_batch} on {self.device}; {format_bytes(self.actor_memory_bytes * self.actors)}{limit}"
+            )
+        if self.seconds is not None:
+            rate = "" if not self.seconds_per_image else f" ({1 / self.seconds_per_image:.3g} images/s)"
+            out.append(f"time: {format_seconds(self.seconds)} for {self.images_left} images{rate}")
+        return out
+
+
+def collection_plans(wanted: Sequence[Wanted], existing: Iterable[str]) -> tuple[CollectionPlan, ...]:
+    """One line each; ``existing`` are the keys that the store has."""
+    there = set(existing)
+    return tuple(
+        CollectionPlan(
+            key=w.key, rows=w.n_rows, row_shape=w.row_shape, bytes_per_image=w.row_bytes,
+            bytes_total=w.n_rows * w.row_bytes, bytes_left=w.rows_left * w.row_bytes, shards=w.n_shards,
+            shards_left=len(w.shards_left), exists=w.key in there,
+        )
+        for w in wanted
+    )  # fmt: skip
+
+
+def check_space(plan: ExtractPlan) -> None:
+    """Refuse what cannot fit.
+
+    Raises:
+        NoSpace: with what is needed, what is there, and the collections by size.
+    """
+    if plan.disk_free_bytes is None or not plan.disk_needed_bytes:
+        return
+    if plan.disk_needed_bytes + SPACE_MARGIN <= plan.disk_free_bytes:
+        return
+    largest = sorted(plan.collections, key=lambda c: -c.bytes_left)[:3]
+    listing = ", ".join(f"{c.key} {format_bytes(c.bytes_left)}" for c in largest)
+    raise NoSpace(
+        f"{plan.store} has {format_bytes(plan.disk_free_bytes)} free, but {format_bytes(plan.disk_needed_bytes)} are still "
+        f"to be written ({listing}). Nothing was started. Make space, ask for fewer features, or name a store elsewhere "
+        "with --store."
+    )

@@ -1,0 +1,275 @@
+"""What the driver finds out before any worker starts: images, backbone, collections, what is left. No Ray.
+
+:func:`survey` only looks; :func:`create` then makes the store, stimulus sets and collections that are not there.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from brainenc.errors import BadImages, NotAStore, ProvenanceMismatch
+from brainenc.extract.backbone import Backbone, load_backbone, parse_features
+from brainenc.extract.changes import changed_rows, refuse_changed, suspects
+from brainenc.extract.config import MICRO_BATCH, ExtractConfig, ExtractJob
+from brainenc.extract.devices import device_count, resolve_device, usable_cores
+from brainenc.extract.features import Feature
+from brainenc.extract.images import open_image
+from brainenc.extract.plan import ShardTask, Wanted, choose_rows_per_shard, outstanding
+from brainenc.extract.reading import content_hash, image_from_pixels, read_bytes, read_pixels
+from brainenc.extract.sources import list_sources
+from brainenc.featurestore.collection import Collection
+from brainenc.featurestore.dtypes import storage_dtype
+from brainenc.featurestore.stimuli import StimulusSet
+from brainenc.featurestore.store import FeatureStore, open_store
+
+_FIRST_IMAGES = 64
+"""How many images are tried for one that can be read, when the size of a set's images is wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What is asked for, beside what is there."""
+
+    config: ExtractConfig
+    device: str
+    actors: int
+    threads: int
+    decode_threads: int
+    sets: Mapping[str, StimulusSet]
+    """Stimulus sets as listed now."""
+    wanted: tuple[Wanted, ...]
+    identities: Mapping[str, Mapping[str, Any]]
+    """Key -> provenance."""
+    details: Mapping[str, Mapping[str, Any]]
+    """Key -> what readers want to know beside it."""
+    image_shapes: Mapping[str, tuple[int, int]]
+    """Stimulus set -> (H, W) of its preprocessed images."""
+    existing: frozenset[str]
+    """Keys that the store has."""
+
+    @property
+    def tasks(self) -> list[ShardTask]:
+        """What is left, with the images of each shard."""
+        return [
+            replace(task, uris=tuple(s.uri for s in self.sets[task.stimuli][task.start : task.stop]))
+            for task in outstanding(self.wanted)
+        ]
+
+    @property
+    def job(self) -> ExtractJob:
+        """What workers need to know."""
+        c = self.config
+        return ExtractJob(
+            store=c.store, backbone=c.backbone, slug=c.slug, size_policy=c.size_policy, image_size=c.image_size,
+            device=self.device, threads=self.threads, decode_threads=self.decode_threads, compute=c.compute,
+            dtype=c.dtype, on_bad_image=c.on_bad_image, stage=c.stage, image_shapes=dict(self.image_shapes),
+        )  # fmt: skip
+
+
+def survey(config: ExtractConfig) -> Survey:
+    """List the images, load the backbone, and compare with what the store has. Creates nothing.
+
+    Raises:
+        UnknownName, UsageError, DataError: what was asked for does not exist or does not go together.
+        StimuliChanged: the store has this stimulus set with other images.
+        ProvenanceMismatch: the store has these features, made in another way.
+    """
+    sets = {s.name: StimulusSet(s.name, s.rows) for s in list_sources(config.sources, merged=_merged_name(config))}
+    backbone = load_backbone(
+        config.backbone, slug=config.slug, size_policy=config.size_policy, image_size=config.image_size
+    ).to("cpu", config.compute)
+    features = parse_features(config.features, backbone.info)
+    device = resolve_device(config.device)
+    actors = config.actors or device_count(device)
+    store = _open(config)
+    existing = frozenset(store.keys()) if store else frozenset()
+    shapes, wanted, identities, details = {}, [], {}, {}
+    for name, stimuli in sets.items():
+        if store is not None:
+            _compare_stimuli(store, stimuli, existing, check_all=config.check_images)
+        size = _image_size(stimuli)
+        shapes[name] = backbone.input_shape(size)
+        found = _wanted(config, backbone, features, stimuli, size, device, store, existing)
+        wanted += found
+        identities |= {w.key: backbone.identity(Feature.parse(w.feature)) for w in found}
+        details |= {w.key: _details(backbone, w, size) for w in found}
+    threads = config.threads or max(1, usable_cores() // actors)
+    return Survey(
+        config=config, device=device, actors=actors, threads=threads,
+        decode_threads=config.decode_threads or _decode_threads(device, actors), sets=sets, wanted=tuple(wanted),
+        identities=identities, details=details, image_shapes=shapes, existing=existing,
+    )  # fmt: skip
+
+
+def create(found: Survey) -> dict[str, Collection]:
+    """Make the store, the stimulus sets and the collections that are not there; key -> collection."""
+    store = open_store(found.config.store, create=True, stage=found.config.stage)
+    there = store.stimuli_names()  # survey() has compared those: the same images may lie elsewhere now
+    for name, stimuli in found.sets.items():
+        if name not in there:
+            store.add_stimuli(stimuli)
+    return {w.key: _create_collection(store, found, w) for w in found.wanted}
+
+
+def _create_collection(store: FeatureStore, found: Survey, w: Wanted) -> Collection:
+    return store.create_collection(
+        w.key, identity=found.identities[w.key], rows_per_shard=w.rows_per_shard, row_shape=w.row_shape,
+        dtype=found.config.dtype, format=found.config.format, details=found.details[w.key],
+    )  # fmt: skip
+
+
+def _wanted(
+    config: ExtractConfig, backbone: Backbone, features: Sequence[Feature], stimuli: StimulusSet,
+    size: tuple[int, int], device: str, store: FeatureStore | None, existing: frozenset[str],
+) -> list[Wanted]:  # fmt: skip
+    """Every feature of one stimulus set. New collections take shard size and micro-batch from their neighbours."""
+    prefix = f"{stimuli.name}/{backbone.info.slug}/"
+    row_shapes = {f: backbone.row_shape(f, size) for f in features}
+    row_bytes = {f: math.prod(shape) * storage_dtype(config.dtype).itemsize for f, shape in row_shapes.items()}
+    there = {k: store.collection(k) for k in sorted(existing) if k.startswith(prefix)} if store else {}
+    for key, collection in there.items():
+        _same_weights(key, collection, backbone)
+    micro_batch, rows_per_shard = _shape_of_work(config, device, row_bytes.values(), list(there.values()))
+    wanted = []
+    for feature in features:
+        key = f"{prefix}{feature}"
+        collection = there.get(key)
+        if collection is not None:
+            _same_identity(key, collection, backbone.identity(feature), row_shapes[feature], config.dtype)
+        wanted.append(
+            Wanted(
+                key=key, stimuli=stimuli.name, feature=str(feature), row_shape=row_shapes[feature],
+                row_bytes=row_bytes[feature], n_rows=len(stimuli),
+                rows_per_shard=collection.rows_per_shard if collection else rows_per_shard,
+                micro_batch=_micro_batch_of(collection, micro_batch) if collection else micro_batch,
+                sealed=collection.sealed() if collection else frozenset(),
+            )
+        )  # fmt: skip
+    return wanted
+
+
+def _shape_of_work(
+    config: ExtractConfig, device: str, row_bytes: Any, neighbours: Sequence[Collection]
+) -> tuple[int, int]:
+    """(micro-batch, rows per shard) of new collections: as asked for, else as the neighbours', else by size.
+
+    Features of equal shards share their passes over the images, so that the neighbours' shard size is worth keeping.
+    """
+    asked = config.micro_batch if isinstance(config.micro_batch, int) else None
+    default = asked or MICRO_BATCH[device]
+    neighbour = next((n for n in neighbours if asked in (None, n.details.get("micro_batch"))), None)
+    micro_batch = _micro_batch_of(neighbour, default) if neighbour else default
+    if config.rows_per_shard is not None:
+        return micro_batch, config.rows_per_shard
+    if neighbour is not None:
+        return micro_batch, neighbour.rows_per_shard
+    return micro_batch, choose_rows_per_shard(row_bytes, micro_batch, config.shard_bytes)
+
+
+def _micro_batch_of(collection: Collection, default: int) -> int:
+    return int(collection.details.get("micro_batch") or default)
+
+
+def _details(backbone: Backbone, w: Wanted, size: tuple[int, int]) -> dict[str, Any]:
+    feature = Feature.parse(w.feature)
+    return {**backbone.details(feature, size), "micro_batch": w.micro_batch, "image_size": list(size)}
+
+
+def _same_weights(key: str, collection: Collection, backbone: Backbone) -> None:
+    """One name, one set of weights: else features of two networks would stand side by side as one."""
+    stored, now = collection.identity.get("weights"), backbone.info.weights_hash
+    if stored not in (None, now):
+        raise ProvenanceMismatch(
+            key, {"weights": (stored, now)},
+            f"The name {backbone.info.slug!r} is taken by other weights here: give this backbone a name with --name.",
+        )  # fmt: skip
+
+
+def _same_identity(
+    key: str, collection: Collection, identity: Mapping[str, Any], row_shape: tuple[int, ...], dtype: str
+) -> None:
+    stored = dict(collection.identity) | {"row_shape": list(collection.row_shape), "dtype": collection.dtype}
+    now = dict(identity) | {"row_shape": list(row_shape), "dtype": dtype}
+    differences = {k: (stored[k], now[k]) for k in now if k in stored and stored[k] != now[k]}
+    if differences:
+        raise ProvenanceMismatch(
+            key, differences, "Give this backbone a name of its own with --name, or the set with --stimuli."
+        )
+
+
+def _compare_stimuli(store: FeatureStore, found: StimulusSet, existing: frozenset[str], *, check_all: bool) -> None:
+    if found.name not in store.stimuli_names():
+        return
+    stored = store.stimuli(found.name)
+    rows = suspects(stored, found)
+    if check_all:
+        rows = list(range(len(found)))
+    if rows:
+        collections = [store.collection(k) for k in sorted(existing) if k.split("/")[0] == found.name]
+        known = KnownHashes(collections)
+        refuse_changed(changed_rows(rows, stored, found, known, _hash_now), stored, found)
+
+
+class KnownHashes:
+    """Row -> content hash, from the receipts of whichever collection has the row sealed; each receipt is read once."""
+
+    def __init__(self, collections: Sequence[Collection]) -> None:
+        self._collections = [(c, c.sealed()) for c in collections]
+        self._hashes = functools.lru_cache(maxsize=None)(self._read)
+
+    def __call__(self, row: int) -> str | None:
+        for n, (collection, sealed) in enumerate(self._collections):
+            shard = row // collection.rows_per_shard
+            if shard in sealed:
+                hashes = self._hashes(n, shard)
+                if hashes and hashes[row - shard * collection.rows_per_shard]:
+                    return hashes[row - shard * collection.rows_per_shard]
+        return None
+
+    def _read(self, n: int, shard: int) -> tuple[str, ...]:
+        return tuple(self._collections[n][0].receipt(shard).content_hashes or ())
+
+
+def _hash_now(uri: str) -> str:
+    try:
+        return content_hash(read_bytes(uri))
+    except OSError as error:
+        return f"unreadable: {error}"  # equals no hash
+
+
+def _image_size(stimuli: StimulusSet) -> tuple[int, int]:
+    """(height, width) of the first image that can be read.
+
+    Raises:
+        BadImages: none of the first ones can.
+    """
+    problems: dict[str, str] = {}
+    for stimulus in stimuli[:_FIRST_IMAGES]:
+        try:
+            pixels = read_pixels(stimulus.uri)
+            image = open_image(read_bytes(stimulus.uri)) if pixels is None else image_from_pixels(pixels)
+        except Exception as error:  # a decoder's: kept, and told if there is no better image
+            problems[stimulus.uri] = f"{type(error).__name__}: {error}"
+            continue
+        return image.height, image.width
+    raise BadImages(problems, f"No image of {stimuli.name!r} could be read so far; nothing was started.")
+
+
+def _open(config: ExtractConfig) -> FeatureStore | None:
+    try:
+        return open_store(config.store, stage=config.stage)
+    except NotAStore:
+        return None
+
+
+def _merged_name(config: ExtractConfig) -> str | None:
+    return config.stimuli if config.by_id else None
+
+
+def _decode_threads(device: str, actors: int) -> int:
+    """A CPU model leaves one core to decoding at most; a GPU eats more images than one thread can decode."""
+    return max(1, min(8, usable_cores() // actors - 1)) if device == "cuda" else 1
