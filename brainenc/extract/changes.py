@@ -50,8 +50,8 @@ def changed_rows(
     def changed(row: int) -> bool:
         before = known_hash(row)
         if before is None:
-            return stored[row].size != found[row].size
-        return before != hash_now(found[row].uri)
+            return bool(stored[row].size != found[row].size)
+        return bool(before != hash_now(found[row].uri))
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as pool:
         return [row for row, is_changed in zip(rows, pool.map(changed, rows), strict=True) if is_changed]
@@ -69,6 +69,6 @@ def refuse_changed(rows: Iterable[int], stored: StimulusSet, found: StimulusSet)
     shown = ", ".join(f"{stored[row].id} ({found[row].uri})" for row in rows[:5])
     raise StimuliChanged(
         f"{len(rows)} image(s) of {stored.name!r} were replaced since features were made of them: {shown}"
-        f"{' ...' if len(rows) > 5 else ''}. A stimulus set never changes: put the old files back, or give the new set a "
-        "name of its own with --stimuli NAME."
+        f"{' ...' if len(rows) > 5 else ''}. A stimulus set never changes: put the old files back, or give the new set "
+        "a name of its own with --stimuli NAME."
     )

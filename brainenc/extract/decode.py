@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -38,7 +38,7 @@ class DecodeAhead:
 
     def images(
         self, decode: Callable[[int, str], Decoded], rows: Sequence[int], uris: Sequence[str], *, ahead: int
-    ) -> Iterator[Decoded]:
+    ) -> Generator[Decoded]:
         """Decode in order. Leaving the iterator early cancels what has not begun.
 
         Args:
@@ -66,7 +66,8 @@ class DecodeAhead:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def batches(images: Iterator[Decoded], size: int) -> Iterator[list[Decoded]]:
+def batches(images: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
     """Groups of ``size``, the last one short."""
-    while batch := list(islice(images, size)):
+    rest = iter(images)
+    while batch := list(islice(rest, size)):
         yield batch

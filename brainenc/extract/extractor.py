@@ -269,8 +269,8 @@ def _one_line(error: BaseException) -> str:
 
 def _nothing_fits(job: ExtractJob, why: str) -> str:
     return (
-        f"{job.backbone} does not fit on {job.device} even with one image at a time ({why}). Take a smaller backbone or "
-        "--image-size, fewer features in one command, or --device cpu."
+        f"{job.backbone} does not fit on {job.device} even with one image at a time ({why}). Take a smaller backbone "
+        "or --image-size, fewer features in one command, or --device cpu."
     )
 
 

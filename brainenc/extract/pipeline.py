@@ -67,7 +67,7 @@ def _drive(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] 
     """Feed the tasks to the actors and take in what comes back."""
     tries = run.config.max_attempts
     # Never restarted, and older than the workers: Ray's memory monitor then kills it last.
-    ledger = ray.remote(num_cpus=0, max_restarts=0)(AttemptLedger).remote(
+    ledger: Any = ray.remote(num_cpus=0, max_restarts=0)(AttemptLedger).remote(
         max_attempts=tries, max_deaths=tries + found.actors
     )
     run.started_ray = True
@@ -84,6 +84,7 @@ def _drive(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] 
 
 def _outcomes(tasks: Sequence[ShardTask], found: Survey, ledger: Any) -> Iterator[ShardOutcome]:
     with DataContext.current(_data_context()):
+        resources: dict[str, Any] = _resources(found)
         rows = [{"task": pickle.dumps(task)} for task in tasks]
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,
@@ -91,7 +92,7 @@ def _outcomes(tasks: Sequence[ShardTask], found: Survey, ledger: Any) -> Iterato
             batch_format="numpy",
             compute=ActorPoolStrategy(size=min(found.actors, len(rows)), max_tasks_in_flight_per_actor=1),
             fn_constructor_args=(pickle.dumps(found.job), ledger),
-            **_resources(found),
+            **resources,
         )
         # Without prefetching, a receipt is seen 0.1 s after its shard is sealed; with it, one shard late.
         for batch in results.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
@@ -100,7 +101,7 @@ def _outcomes(tasks: Sequence[ShardTask], found: Survey, ledger: Any) -> Iterato
 
 def _resources(found: Survey) -> dict[str, float]:
     """Of one actor. A cluster smaller than what was asked for still gets its actors, on shared cores."""
-    there = ray.cluster_resources()
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     share = {"num_cpus": min(found.threads, there.get("CPU", 1.0) / found.actors)}
     if found.device == "cuda":
         share["num_gpus"] = min(1.0, there.get("GPU", 1.0) / found.actors)
@@ -147,7 +148,7 @@ def _actor_name() -> str:
 
 @contextlib.contextmanager
 def _ray(config: ExtractConfig, found: Survey) -> Iterator[None]:
-    """The cluster that was asked for; else one of our own, gone afterwards. One that this process has is used as it is."""
+    """The cluster asked for, else one of our own, gone afterwards; one that this process has is used as it is."""
     address = resolve(config.address, command="extract")
     if ray.is_initialized():
         yield

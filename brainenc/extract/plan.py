@@ -13,7 +13,7 @@ from brainenc.extract.config import MAX_ROWS_PER_SHARD
 from brainenc.units import format_bytes, format_seconds
 
 SPACE_MARGIN = 64 << 20
-"""Bytes that stay free on the store's disk beyond what the features take: manifests, receipts, everybody else's logs."""
+"""Bytes that stay free on the store's disk beyond what the features take: for receipts, logs, other programs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,7 +210,7 @@ def check_space(plan: ExtractPlan) -> None:
     largest = sorted(plan.collections, key=lambda c: -c.bytes_left)[:3]
     listing = ", ".join(f"{c.key} {format_bytes(c.bytes_left)}" for c in largest)
     raise NoSpace(
-        f"{plan.store} has {format_bytes(plan.disk_free_bytes)} free, but {format_bytes(plan.disk_needed_bytes)} are still "
-        f"to be written ({listing}). Nothing was started. Make space, ask for fewer features, or name a store elsewhere "
-        "with --store."
+        f"{plan.store} has {format_bytes(plan.disk_free_bytes)} free, but {format_bytes(plan.disk_needed_bytes)} are "
+        f"still to be written ({listing}). Nothing was started. Make space, ask for fewer features, or name a store "
+        "elsewhere with --store."
     )

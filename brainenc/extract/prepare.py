@@ -87,7 +87,10 @@ def survey(config: ExtractConfig) -> Survey:
     actors = config.actors or device_count(device)
     store = _open(config)
     existing = frozenset(store.keys()) if store else frozenset()
-    shapes, wanted, identities, details = {}, [], {}, {}
+    shapes: dict[str, tuple[int, int]] = {}
+    wanted: list[Wanted] = []
+    identities: dict[str, Mapping[str, Any]] = {}
+    details: dict[str, Mapping[str, Any]] = {}
     for name, stimuli in sets.items():
         if store is not None:
             _compare_stimuli(store, stimuli, existing, check_all=config.check_images)
@@ -131,8 +134,8 @@ def _wanted(
     row_shapes = {f: backbone.row_shape(f, size) for f in features}
     row_bytes = {f: math.prod(shape) * storage_dtype(config.dtype).itemsize for f, shape in row_shapes.items()}
     there = {k: store.collection(k) for k in sorted(existing) if k.startswith(prefix)} if store else {}
-    for key, collection in there.items():
-        _same_weights(key, collection, backbone)
+    for key, neighbour in there.items():
+        _same_weights(key, neighbour, backbone)
     micro_batch, rows_per_shard = _shape_of_work(config, device, row_bytes.values(), list(there.values()))
     wanted = []
     for feature in features:

@@ -87,8 +87,8 @@ class Run:
         left = len(self.tasks) - done
         if left and self.ledger is not None and "died" in self.ledger.stop:
             raise ExtractionFailed(
-                f"{self.ledger.stop.capitalize()}, so the run was ended with {left} of {len(self.tasks)} shards undone. "
-                f"{explain_deaths(self.ledger.deaths)} What was sealed stays; the same command goes on."
+                f"{self.ledger.stop.capitalize()}, so the run was ended with {left} of {len(self.tasks)} shards undone."
+                f" {explain_deaths(self.ledger.deaths)} What was sealed stays; the same command goes on."
             )
         quarantined = [o.task for o in undone if o.status == "quarantined"]
         if quarantined:
@@ -102,13 +102,13 @@ class Run:
         if bad:
             raise BadImages(
                 bad,
-                "All other shards are sealed. Mend or remove these images, or use --on-bad-image null to leave their rows "
-                "empty; then the same command goes on.",
+                "All other shards are sealed. Mend or remove these images, or use --on-bad-image null to leave their "
+                "rows empty; then the same command goes on.",
             )
         if left:
             raise StoppedSafely(
-                f"Stopped safely ({self.stop_reason or 'asked to'}) with {done} of {len(self.tasks)} shards done; what was "
-                "sealed stays, and the same command goes on from there."
+                f"Stopped safely ({self.stop_reason or 'asked to'}) with {done} of {len(self.tasks)} shards done; what "
+                "was sealed stays, and the same command goes on from there."
             )
         return self._summary()
 

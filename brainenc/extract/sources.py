@@ -22,25 +22,7 @@ from brainenc.extract.reading import filesystem, hdf5_dataset, hdf5_uri, is_url
 from brainenc.featurestore.stimuli import Stimulus
 
 IMAGE_SUFFIXES = frozenset(
-    [
-        ".png",
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jp2",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".tga",
-        ".ico",
-        ".avif",
-    ]
+    ".png .jpg .jpeg .jpe .jp2 .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .tga .ico .avif".split()  # noqa: SIM905
 )
 _LISTS = frozenset((".txt", ".csv", ".tsv"))
 _HDF5 = frozenset((".hdf5", ".h5"))
@@ -73,8 +55,8 @@ def list_sources(sources: Iterable[Source], *, merged: str | None = None) -> lis
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UsageError(
-            f"Two sources would both make the stimulus set {twice[0]!r}. Name them apart with --stimuli, run one command "
-            "for each, or merge them into one set with --by-id."
+            f"Two sources would both make the stimulus set {twice[0]!r}. Name them apart with --stimuli, run one "
+            "command for each, or merge them into one set with --by-id."
         )
     return listings
 
@@ -186,13 +168,13 @@ def _list_entries(text: str, location: str) -> Iterator[tuple[str, str | None]]:
 
 def _hdf5_rows(location: str) -> Iterator[Stimulus]:
     """Rows of ``imgBrick`` (n, height, width, 3) uint8; the row number is the 0-based NSD id."""
-    size, stamp = _stat(location, location)
+    _, stamp = _stat(location, location)
     where = location if is_url(location) else os.path.abspath(location)
     brick = hdf5_dataset(where)
     if brick.ndim != 4 or brick.shape[-1] != 3 or str(brick.dtype) != "uint8":
         raise DataError(
-            f"{location}: imgBrick is {brick.shape} of {brick.dtype}, but (images, height, width, 3) of uint8 is needed, "
-            "as in nsd_stimuli.hdf5."
+            f"{location}: imgBrick is {brick.shape} of {brick.dtype}, but (images, height, width, 3) of uint8 is "
+            "needed, as in nsd_stimuli.hdf5."
         )
     row_bytes = int(brick.shape[1] * brick.shape[2] * 3)
     for row in range(brick.shape[0]):
@@ -223,8 +205,8 @@ def _merge(name: str, listings: Iterable[Listing]) -> Listing:
         known = rows.setdefault(row.id, row)
         if None not in (known.size, row.size) and known.size != row.size:
             raise DataError(
-                f"{known.uri} ({known.size} bytes) and {row.uri} ({row.size} bytes) both are the stimulus {row.id!r}, but "
-                "they differ, so they cannot share a row. Extract them as separate sets, without --by-id."
+                f"{known.uri} ({known.size} bytes) and {row.uri} ({row.size} bytes) both are the stimulus {row.id!r}, "
+                "but they differ, so they cannot share a row. Extract them as separate sets, without --by-id."
             )
     return Listing(name=name, rows=tuple(sorted(rows.values(), key=lambda row: row.id)))
 
