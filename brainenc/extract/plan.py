@@ -63,8 +63,8 @@ class ShardTask:
 
     @property
     def name(self) -> str:
-        """``subj01-train/00003``: what ledgers and messages call it."""
-        return f"{self.stimuli}/{self.shard:05d} (rows {self.start} to {self.stop - 1})"
+        """What ledgers and messages call it: no two tasks of a run have a key and a shard in common."""
+        return f"{self.features[0][1]} shard {self.shard} (rows {self.start} to {self.stop - 1})"
 
     @property
     def n_rows(self) -> int:

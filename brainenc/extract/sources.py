@@ -26,7 +26,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 _LISTS = frozenset((".txt", ".csv", ".tsv"))
 _HDF5 = frozenset((".hdf5", ".h5"))
-_NSD = re.compile(r"nsd-(\d{5})(?!\d)")
+_NSD = re.compile(r"nsd-(\d+)")
 _SPLITS = {"train": "training_split/training_images", "test": "test_split/test_images"}
 _PATH_COLUMNS = ("path", "uri", "url", "file", "filename", "image")
 _STAMPS = ("etag", "ETag", "md5Hash", "generation", "LastModified", "last_modified", "updated", "mtime", "created")
@@ -64,7 +64,7 @@ def list_sources(sources: Iterable[Source], *, merged: str | None = None) -> lis
 def stimulus_id(relative: str) -> str:
     """``nsd-00013`` where the file name has one, else the relative POSIX path with its extension."""
     match = _NSD.search(posixpath.basename(relative))
-    return f"nsd-{match.group(1)}" if match else relative
+    return f"nsd-{int(match.group(1)):05d}" if match else relative
 
 
 def _list_source(source: Source) -> Iterator[Listing]:
