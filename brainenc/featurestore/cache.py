@@ -17,20 +17,17 @@ import hashlib
 import os
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from brainenc.atomic import fsync_dir
-from brainenc.errors import CacheTooSmall, CorruptData, NoSpace, TransferFailed
+from brainenc.errors import CacheTooSmall, CorruptData, NoSpace
+from brainenc.featurestore.download import download
 from brainenc.featurestore.places.base import Place
 from brainenc.featurestore.places.scratch import cache_root
 from brainenc.units import format_bytes, parse_bytes
 
-_PIECE = 8 * 2**20
-_STREAMS = 4
 _STRIPES = 64
 _TRIES = 4
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -113,7 +110,7 @@ class DiskCache:
         fd = self._reserve(filling, size)
         try:
             for attempt in range(1, _TRIES + 1):
-                _download(place, name, fd, size)
+                download(place, name, fd, size)
                 try:
                     check(filling)
                     break
@@ -220,29 +217,3 @@ def _abandoned(filling: Path) -> bool:
         return False
     finally:
         os.close(fd)
-
-
-def _download(place: Place, name: str, fd: int, size: int) -> None:
-    """Read a file in pieces, a few at a time, into its place: memory stays at a few pieces."""
-    failed = threading.Event()
-
-    def piece(start: int) -> None:
-        if failed.is_set():
-            return
-        try:
-            stop = min(start + _PIECE, size)
-            data = place.read(name, start, stop)
-            if len(data) != stop - start:
-                raise TransferFailed(f"{place.url}/{name} ends before byte {stop}, but should have {size} bytes.")
-            os.pwrite(fd, data, start)
-        except BaseException:
-            failed.set()
-            raise
-
-    starts = range(0, size, _PIECE)
-    if len(starts) <= 1:
-        for start in starts:
-            piece(start)
-        return
-    with ThreadPoolExecutor(min(_STREAMS, len(starts)), thread_name_prefix="brainenc-fetch") as pool:
-        list(pool.map(piece, starts))

@@ -196,6 +196,21 @@ class Collection:
         finally:
             os.close(fd)
 
+    def take_over(self, shard: int, partial: Path) -> Receipt:
+        """Publish a whole shard file that was copied from another store, checked first.
+
+        Args:
+            shard: its number.
+            partial: a flushed local file, from :meth:`~brainenc.featurestore.places.base.Place.partial`.
+
+        Returns:
+            Its receipt, or that of whoever was first.
+
+        Raises:
+            CorruptData: it is not whole, or not this shard of this collection.
+        """
+        return self._publish(partial, self.check_copy(shard, partial))
+
     def commit(self) -> Manifest:
         """Make every sealed shard visible to readers. Of several drivers at once each commits on top of the others."""
         receipts, _ = self.found()
