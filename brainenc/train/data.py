@@ -104,6 +104,11 @@ class Batch:
         rows = [f[first:last].to(self._device, non_blocking=True) for f in self._features]
         return self._layout.assemble(rows)
 
+    def responses(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Both hemispheres' responses, ``(count, V_lh)`` and ``(count, V_rh)``."""
+        lh, rh = (r[: self.count].numpy() for r in self._responses)
+        return lh, rh
+
     def part(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Features and both hemispheres' responses of samples ``first`` to before ``last``."""
         lh, rh = (r[first:last].to(self._device, non_blocking=True) for r in self._responses)

@@ -53,11 +53,18 @@ def keys(config: TrainConfig, split: Split) -> list[str]:
     return [name if name.count("/") >= 2 else f"{stimuli}/{name}" for name in names]
 
 
-def open_samples(config: TrainConfig, subject: Subject, open_views: OpenViews, split: Split = "train") -> Samples:
+def open_samples(
+    config: TrainConfig,
+    subject: Subject,
+    open_views: OpenViews,
+    split: Split = "train",
+    *,
+    responses: bool | None = None,
+) -> Samples:
     """Number the subject's images and say where each one's features and responses lie.
 
     Samples are numbered in the order of the images; those whose features are missing in the store are in it, and
-    :func:`usable` says which they are.
+    :func:`usable` says which they are. Responses are opened for the training split, or as ``responses`` says.
 
     Raises:
         UsageError: no features, or features on different grids.
@@ -67,7 +74,8 @@ def open_samples(config: TrainConfig, subject: Subject, open_views: OpenViews, s
         raise UsageError("Training needs at least one --feature, such as dinov2-base/11.q.")
     ids = subject.ids(split)
     views = open_views(split)
-    responses = None if split == "test" else (subject.responses("lh", split), subject.responses("rh", split))
+    wanted = split == "train" if responses is None else responses
+    measured = (subject.responses("lh", split), subject.responses("rh", split)) if wanted else None
     layouts = [
         RowLayout.of(name, view.shape[1:], view.details, split_part(name)[1])
         for name, view in zip(config.features, views, strict=True)
@@ -77,7 +85,7 @@ def open_samples(config: TrainConfig, subject: Subject, open_views: OpenViews, s
         rows = permutation(len(ids), config.seed, _SHUFFLE_STREAM)
     matched = [_match(ids, view, name, subject, split) for view, name in zip(views, config.features, strict=True)]
     return Samples(
-        views=views, feature_rows=matched, responses=responses, response_rows=rows, ids=ids,
+        views=views, feature_rows=matched, responses=measured, response_rows=rows, ids=ids,
         layout=FeatureLayout.of(layouts),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from types import FrameType
 from typing import Any
 
 from brainenc.errors import BrainencError, TrainingFailed, UsageError
-from brainenc.guard.messages import EXIT_STOPPED_SAFELY, NullGuard, Order
-from brainenc.train import prepare
+from brainenc.guard.messages import EXIT_STOPPED_SAFELY, NullGuard, Order, StepGuard
+from brainenc.train import orders, prepare
 from brainenc.train.config import TrainConfig, Workers
 from brainenc.train.inputs import OpenViews, StoredViews
+from brainenc.train.orders import WithOrders
 from brainenc.train.run_folder import RunFolder
 
 Progress = Callable[[Mapping[str, Any]], None]
@@ -57,8 +59,8 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, *, open_views: OpenViews | None = None, progress: Progress = lambda record: None,
-    note: Note = lambda text: None,
+    config: TrainConfig, *, open_views: OpenViews | None = None, progress: Progress | None = None,
+    note: Note | None = None,
 ) -> TrainResult:  # fmt: skip
     """Start a new run.
 
@@ -72,16 +74,17 @@ def train(
         BrainencError: the inputs are not usable; nothing was started.
     """
     folder = RunFolder(config.out)
+    note = note or _ignore
     views = open_views or StoredViews(config)
     prepare.check(config, views, note=note)
     folder.create(config)
     prepare.save_split(config, folder)
-    return _launch(config, views, progress, note)
+    return _launch(config, views, progress or _ignore, note)
 
 
 def resume(
     run_folder: str | Path, changes: Mapping[str, Any] | None = None, *, open_views: OpenViews | None = None,
-    progress: Progress = lambda record: None, note: Note = lambda text: None,
+    progress: Progress | None = None, note: Note | None = None,
 ) -> TrainResult:  # fmt: skip
     """Go on with a run from its newest checkpoint that verifies.
 
@@ -100,13 +103,19 @@ def resume(
     if changes:
         folder.update(config)
     config = replace(config, split=str(folder.split_file))
+    note = note or _ignore
     views = open_views or StoredViews(config)
     prepare.check(config, views, note=note)
-    return _launch(config, views, progress, note)
+    return _launch(config, views, progress or _ignore, note)
+
+
+def _ignore(_: object) -> None:
+    """Where nobody listens."""
 
 
 def _launch(config: TrainConfig, views: OpenViews, progress: Progress, note: Note) -> TrainResult:
     workers = Workers.parse(config.workers) if config.workers else default_workers()
+    orders.clear(RunFolder(config.out))
     try:
         outcome = (
             _alone(config, views, progress, note)
@@ -156,6 +165,20 @@ class SignalGuard(NullGuard):
         if self._order is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._order = Order(kind="stop", reason=f"received {signal.Signals(number).name}")
+
+
+class _Stopper:
+    """Signal handler of the driver: leaves an order in the run folder. The second Ctrl-C ends at once."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder, self._asked = folder, False
+
+    def take(self, number: int, _frame: FrameType | None) -> None:
+        """Ask for an emergency checkpoint; `fit` returns when all ranks have stopped."""
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+        orders.give(self._folder, "stop", f"the driver received {signal.Signals(number).name}")
 
 
 @contextmanager
@@ -262,15 +285,31 @@ def _with_ray(config: TrainConfig, workers: Workers, views: OpenViews, progress:
                 failure_config=FailureConfig(max_failures=config.max_failures),
             ),
         )
-        with _following(folder, progress, note):
+        # ray.init and, in the main thread, fit install handlers that end the run on the spot: ours come after, and fit
+        # runs in a thread.
+        with _following(folder, progress, note), _signals(_Stopper(folder).take):
             try:
-                result = trainer.fit()
+                result = _in_thread(trainer.fit)
             except WorkerGroupError as error:
                 raise _cause(error.worker_failures, config) from error
     outcome = getattr(result, "return_value", None)
     if outcome is None:
         raise TrainingFailed(f"The workers of {config.out} ended without an outcome: {result.error}.")
     return outcome
+
+
+def _in_thread(call: Callable[[], Any]) -> Any:
+    """Call in a thread of its own; signals are handled here meanwhile."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    return future.result()
 
 
 def _wants_gpu(config: TrainConfig) -> bool:
@@ -314,12 +353,15 @@ def _worker(given: dict[str, Any]) -> Any:
     config = TrainConfig.from_dict(given["config"])
     context = ray.train.get_context()
     team = Distributed(timeout_s=config.status_timeout_s, local_rank=context.get_local_rank())
+    guard: StepGuard = NullGuard()
+    if team.rank == 0:
+        guard = WithOrders(guard, RunFolder(config.out))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpu = torch.cuda.is_available() and config.device != "cpu"
     return work(
         config,
         Surroundings(
-            team=team, device=ray.train.torch.get_device() if gpu else torch.device("cpu"), open_views=given["views"],
+            team=team, device=ray.train.torch.get_device() if gpu else torch.device("cpu"), open_views=given["views"], guard=guard,
             threads=config.threads or max(1, cores // context.get_local_world_size()),
         ),
     )  # fmt: skip

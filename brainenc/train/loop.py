@@ -222,7 +222,8 @@ class Fit:
             self._hooks.record({
                 "epoch": epoch, "step": self.position.step, "split": "train", "loss": verdict.loss, "lr": rate,
                 "grad_norm": norm, "samples_per_s": verdict.samples / took,
-                "steps": self._steps_per_epoch * self._settings.epochs, "data_wait_share": min(1.0, verdict.waited / took), "micro_batch": self._stepper.micro_batch,
+                "data_wait_share": min(1.0, verdict.waited / took), "micro_batch": self._stepper.micro_batch,
+                "steps": self._steps_per_epoch * self._settings.epochs,
             })  # fmt: skip
         return None
 

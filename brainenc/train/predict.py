@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from brainenc.atomic import make_dirs, partial_name
 from brainenc.datasets.algonauts import Subject
@@ -15,16 +15,45 @@ from brainenc.datasets.rois import HEMISPHERES
 from brainenc.errors import CheckpointUnusable, DataError, KeyNotFound
 from brainenc.train import checkpoint
 from brainenc.train.config import TrainConfig
-from brainenc.train.data import Loader, Samples
+from brainenc.train.data import Batch, Loader, Samples
 from brainenc.train.inputs import OpenViews, open_samples, usable
 from brainenc.train.order import Order
 from brainenc.train.run_folder import RunFolder
-from brainenc.train.step import Stepper, is_out_of_memory
+from brainenc.train.step import Stepper, is_out_of_memory, predict, relieve
+
+
+class Predictor:
+    """A model for prediction alone: no gradients, no optimizer.
+
+    Args:
+        model: on its device.
+        bfloat16: autocast.
+        micro_batch: the largest number of samples in one forward.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, bfloat16: bool = False, micro_batch: int = 16) -> None:
+        self.model, self.micro_batch, self._bfloat16 = model, micro_batch, bfloat16
+        self.device = next(model.parameters()).device
+
+    def predict(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predictions ``(B, V_lh)`` and ``(B, V_rh)``, float32."""
+        return predict(self.model, features, bfloat16=self._bfloat16)
+
+    def shrink(self) -> None:
+        """Halve the micro-batch."""
+        self.micro_batch = max(1, self.micro_batch // 2)
+
+    def relieve(self) -> None:
+        """Give back what a failed forward left behind."""
+        relieve(self.device)
+
 
 Predictions = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
-def predict_batches(stepper: Stepper, samples: Samples, batch_size: int) -> Iterator[tuple[Any, Predictions]]:
+def predict_batches(
+    stepper: Stepper | Predictor, samples: Samples, batch_size: int
+) -> Iterator[tuple[Batch, Predictions]]:
     """Every sample in order, batch by batch: the batch, and predictions ``(n, V_lh)`` and ``(n, V_rh)``.
 
     What does not fit in memory is tried again with half the micro-batch.
@@ -35,7 +64,7 @@ def predict_batches(stepper: Stepper, samples: Samples, batch_size: int) -> Iter
             yield batch, _predict_batch(stepper, batch)
 
 
-def _predict_batch(stepper: Stepper, batch: Any) -> Predictions:
+def _predict_batch(stepper: Stepper | Predictor, batch: Batch) -> Predictions:
     while True:
         try:
             parts = [
@@ -52,14 +81,14 @@ def _predict_batch(stepper: Stepper, batch: Any) -> Predictions:
         return lh, rh
 
 
-def predict_samples(stepper: Stepper, samples: Samples, batch_size: int) -> Predictions:
+def predict_samples(stepper: Stepper | Predictor, samples: Samples, batch_size: int) -> Predictions:
     """Predictions of all samples, ``(n, V_lh)`` and ``(n, V_rh)`` float32."""
     found = [out for _, out in predict_batches(stepper, samples, batch_size)]
     lh, rh = (np.concatenate([f[side] for f in found]).astype(np.float32, copy=False) for side in range(2))
     return lh, rh
 
 
-def load_best(folder: RunFolder, stepper: Stepper) -> str:
+def load_best(folder: RunFolder, model: torch.nn.Module) -> str:
     """Load the best checkpoint of a run, or the newest where none was the best; returns its name.
 
     Raises:
@@ -75,12 +104,17 @@ def load_best(folder: RunFolder, stepper: Stepper) -> str:
             why = " ".join(choice.skipped) or "It holds none."
             raise CheckpointUnusable(f"{folder.checkpoints} has no checkpoint that can be used. {why}")
         path = choice.folder
-    checkpoint.load_weights(path, stepper.model)
+    checkpoint.load_weights(path, model)
     return path.name
 
 
 def predict_test(
-    config: TrainConfig, stepper: Stepper, subject: Subject, open_views: OpenViews, *, note: Callable[[str], None]
+    config: TrainConfig,
+    stepper: Stepper | Predictor,
+    subject: Subject,
+    open_views: OpenViews,
+    *,
+    note: Callable[[str], None],
 ) -> list[Path]:
     """Predict the test images with the best weights, into ``RUN/predictions``."""
     try:
@@ -92,7 +126,7 @@ def predict_test(
         note("No predictions of test images: features of some are missing in the store.")
         return []
     folder = RunFolder(config.out)
-    load_best(folder, stepper)
+    load_best(folder, stepper.model)
     return write_predictions(folder.predictions, predict_samples(stepper, samples, config.batch_size))
 
 

@@ -64,6 +64,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
+def relieve(device: torch.device) -> None:
+    """Give back what a failed forward or backward left behind."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def predict(model: torch.nn.Module, features: torch.Tensor, *, bfloat16: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predictions ``(B, V_lh)`` and ``(B, V_rh)``, float32, without dropout."""
+    model.eval()
+    with torch.autocast(features.device.type, dtype=torch.bfloat16, enabled=bfloat16):
+        lh, rh = model(features)
+    return lh.float(), rh.float()
+
+
 class Stepper:
     """Forward, backward, reduction and update of one model.
 
@@ -143,13 +159,9 @@ class Stepper:
         loss = self.model.loss(*outs, lh, rh)  # type: ignore[operator]
         return float(loss), outs, (lh, rh)
 
-    @torch.no_grad()
     def predict(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predictions ``(B, V_lh)`` and ``(B, V_rh)``, float32, without dropout."""
-        self.model.eval()
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bfloat16):
-            lh, rh = self.model(features)
-        return lh.float(), rh.float()
+        return predict(self.model, features, bfloat16=self.settings.bfloat16)
 
     def shrink(self) -> None:
         """Halve the micro-batch; gradients accumulate to the same effective batch."""
@@ -157,9 +169,7 @@ class Stepper:
 
     def relieve(self) -> None:
         """Give back what a failed forward or backward left behind."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        relieve(self.device)
 
     def _plain_loss(self, features: torch.Tensor, lh: torch.Tensor, rh: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bfloat16):

@@ -1,0 +1,55 @@
+"""``brainenc evaluate``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from brainenc.cli.progress import Progress
+
+EXAMPLE = """
+\b
+Example:
+  brainenc evaluate runs/first
+  brainenc evaluate runs/first --split test --json
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--split", "part", type=click.Choice(["val", "train", "test"]), default="val", show_default=True,
+    help="test needs the organisers' responses, which a synthetic subject has.",
+)  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
+@click.option("--json", "as_json", is_flag=True, help="Print all scores as JSON.")
+def command(run: str, part: Any, device: str, as_json: bool) -> None:
+    """Score a run per hemisphere, ROI and stream, with its best weights."""
+    from brainenc.train.evaluate import evaluate, open_run
+
+    opened = open_run(run, device=device)
+    with Progress("evaluate", json_lines=as_json) as progress:
+        table = evaluate(opened, part, progress=lambda done, total: progress.update(done, total))
+    click.echo(json.dumps(table) if as_json else "\n".join(_lines(table)))
+
+
+def _lines(table: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{table['n_images']} {table['split']} images, weights of {table['checkpoint']}",
+        f"r {table['r_lh']:.4f} (lh) {table['r_rh']:.4f} (rh), val_perf {table['val_perf']:.4f}",
+    ]
+    if "score" in table:
+        lines.append(f"noise-normalised score {table['score']:.2f} %")
+    width = max(len(name) for name in table["rois"]["lh"])
+    lines.append(f"{'ROI':{width}}   lh r  vertices    rh r  vertices")
+    for name in table["rois"]["lh"]:
+        cells = [_cell(table["rois"][hemisphere][name]) for hemisphere in ("lh", "rh")]
+        lines.append(f"{name:{width}} {'  '.join(cells)}")
+    return lines
+
+
+def _cell(entry: dict[str, Any]) -> str:
+    r = "     -" if entry["r"] is None else f"{entry['r']:6.3f}"
+    return f"{r} {entry['vertices']:9d}"

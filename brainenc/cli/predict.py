@@ -1,0 +1,27 @@
+"""``brainenc predict``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+EXAMPLE = """
+\b
+Example:
+  brainenc predict runs/first
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("run", metavar="RUN")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder; default RUN/predictions.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
+@click.option("--json", "as_json", is_flag=True, help="Print the paths as JSON.")
+def command(run: str, out: Path | None, device: str, as_json: bool) -> None:
+    """Predict responses to the test images: lh_pred_test.npy and rh_pred_test.npy, float32."""
+    from brainenc.train.evaluate import open_run, predict
+
+    written = predict(open_run(run, device=device), out)
+    click.echo(json.dumps([str(path) for path in written]) if as_json else "\n".join(map(str, written)))
