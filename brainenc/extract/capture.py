@@ -101,7 +101,7 @@ def _leaving(inside: _Inside) -> Callable[[nn.Module, Any, Any], None]:
 # The kernel is reached through torch.nn.functional by transformers, timm, open_clip and nn.MultiheadAttention alike. A
 # TorchFunctionMode would be the tidier way, but it does not see inside F.multi_head_attention_forward. The replacement
 # is in place only while somebody watches, and acts only in the threads that do.
-_kernel = F.scaled_dot_product_attention
+_kernel: Callable[..., torch.Tensor] = F.scaled_dot_product_attention
 _watchers = threading.local()
 _installed = 0
 _lock = threading.Lock()
@@ -143,7 +143,7 @@ def _watched_kernel(
 
 def _unit_scale(query: torch.Tensor, scale: float | None) -> torch.Tensor:
     """Fold another scale than 1/sqrt(d) into q, so that the formula holds as it is written."""
-    usual = query.shape[-1] ** -0.5
+    usual: float = query.shape[-1] ** -0.5
     if scale is None or abs(scale - usual) <= 1e-6 * usual:
         return query
     return query * (scale / usual)

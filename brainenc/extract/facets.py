@@ -73,7 +73,7 @@ def map_grid(shape: tuple[int, ...], aspect: float) -> tuple[int, int]:
     return (shape[1], shape[2]) if channels_last(shape, aspect) else (shape[2], shape[3])
 
 
-def take_attention(facet: str, heads: Heads, order: Order) -> torch.Tensor:
+def take_attention(facet: str, heads: Heads) -> torch.Tensor:
     """``q``, ``k``, ``v`` (B, T, heads*d), or ``q_cls`` ... (B, heads*d): the class token's row alone."""
     joined = join_heads(getattr(heads, facet[0]))
     return joined[:, 0] if facet.endswith("_cls") else joined

@@ -21,6 +21,8 @@ FACETS = ("token", "cls", "registers", "q", "k", "v", "q_cls", "k_cls", "v_cls",
 ALIASES = {"query": "q", "key": "k", "value": "v", "tokens": "token"}
 """What other tools call them."""
 
+_TOWERS = ("visual.", "vision_model.", "model.")
+_BLOCK_LISTS = ("layer", "layers", "blocks", "resblocks", "block")
 _RANGE = re.compile(r"(-?\d+)-(-?\d+)")
 _NUMBER = re.compile(r"-?\d+")
 
@@ -113,11 +115,22 @@ def _resolve_layer(part: str, layers: Layers) -> list[str]:
     if part in layers.stations:
         return [part]
     labels = {name: layers.label(n) for n, name in enumerate(layers.blocks)}
-    if part in layers.modules:
-        return [labels.get(part, part)]
-    if names := _glob(part, layers):
-        return [labels.get(name, name) for name in names]
+    for spelling in (part, *(part.removeprefix(tower) for tower in _TOWERS if part.startswith(tower))):
+        if spelling in layers.modules:
+            return [labels.get(spelling, spelling)]
+        if names := _glob(spelling, layers):
+            return [labels.get(name, name) for name in names]
+    if names := _block_by_another_name(part, layers):
+        return names
     raise UnknownName("layer", part, _choices(part, layers), layers.where)
+
+
+def _block_by_another_name(part: str, layers: Layers) -> list[str]:
+    """``blocks.11`` and ``encoder.layer.11`` are block 11, whatever this library's version calls its list of blocks."""
+    head, _, tail = part.rpartition(".")
+    if not layers.numbered or head.rpartition(".")[2] not in _BLOCK_LISTS:
+        return []
+    return [layers.label(n) for n in range(len(layers.blocks)) if fnmatchcase(str(n), tail)]
 
 
 def _number(number: int, layers: Layers) -> int:

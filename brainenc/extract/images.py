@@ -1,18 +1,18 @@
 """From an image file's bytes to 8-bit RGB. Every odd kind of file is decided here, once.
 
-| file                       | what becomes of it                                                                           |
-|----------------------------|----------------------------------------------------------------------------------------------|
-| greyscale, 1-bit           | the same grey in all three channels                                                          |
-| 16-bit greyscale           | scaled, 65535 -> 255, never clipped                                                          |
-| 16-bit colour              | the high byte of each channel                                                                |
-| palette                    | its colours                                                                                  |
-| transparency of any kind   | composed over white, as a page would show it                                                 |
-| CMYK, YCbCr                | Pillow's conversion; embedded colour profiles are not applied (the models' trainers did not) |
-| EXIF orientation           | turned upright                                                                               |
-| several frames or pages    | the first                                                                                    |
-| truncated, damaged, empty  | refused, even when another library has told Pillow to accept them                            |
-| more than MAX_PIXELS       | refused before a pixel is decoded: no photograph, but a decompression bomb                   |
-| 32-bit integer, float, Lab | refused: nothing in the file says which value is white                                       |
+| file                       | what becomes of it                                                        |
+|----------------------------|---------------------------------------------------------------------------|
+| greyscale, 1-bit           | the same grey in all three channels                                       |
+| 16-bit greyscale           | scaled, 65535 -> 255, never clipped                                       |
+| 16-bit colour              | the high byte of each channel                                             |
+| palette                    | its colours                                                               |
+| transparency of any kind   | composed over white, as a page would show it                              |
+| CMYK, YCbCr                | Pillow's conversion; embedded colour profiles are not applied             |
+| EXIF orientation           | turned upright                                                            |
+| several frames or pages    | the first                                                                 |
+| truncated, damaged, empty  | refused, even when another library has told Pillow to accept them         |
+| more than MAX_PIXELS       | refused before a pixel is decoded: a decompression bomb                   |
+| 32-bit integer, float, Lab | refused: nothing in the file says which value is white                    |
 """
 
 from __future__ import annotations

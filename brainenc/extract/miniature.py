@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from brainenc.errors import UnknownName
+from brainenc.extract.backbones.transformers import no_progress_bars
 from brainenc.extract.preprocess import IMAGENET, OPENAI_CLIP
 
 _VIT = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
@@ -30,8 +31,8 @@ def save_miniature(kind: str, folder: str | Path, *, seed: int = 0, **sizes: Any
             ``hidden_size``, ``num_hidden_layers``, ``image_size``, ``patch_size``.
 
     Returns:
-        What :func:`~brainenc.extract.backbone.load_backbone` wants to be told: the folder for transformers, a string
-        such as ``timm:NAME/FILE`` turned into a path for the others (give it on as ``str``).
+        The folder (transformers, open_clip) or checkpoint file (timm, torchvision) that was written;
+        :func:`backbone_string` says how to load it.
 
     Raises:
         UnknownName: no such kind.
@@ -47,6 +48,15 @@ def save_miniature(kind: str, folder: str | Path, *, seed: int = 0, **sizes: Any
 def kinds() -> list[str]:
     """Every architecture that there is a miniature of."""
     return sorted(_KINDS)
+
+
+def backbone_string(kind: str, saved: str | Path) -> str:
+    """What to tell :func:`~brainenc.extract.backbone.load_backbone` about a miniature that was saved at ``saved``."""
+    if kind == "open_clip":
+        return f"open_clip:local-dir:{saved}"
+    if kind == "timm":
+        return f"timm:{Path(saved).stem}/{saved}"
+    return f"torchvision:{kind}/{saved}" if kind.startswith("resnet") else str(saved)
 
 
 @contextlib.contextmanager
@@ -70,7 +80,10 @@ def _transformers(model_class: str, config_class: str, **defaults: Any) -> Calla
         import transformers
 
         config = getattr(transformers, config_class)(**(defaults | sizes))
-        _rouse(getattr(transformers, model_class)(config)).save_pretrained(folder)
+        model: Any = getattr(transformers, model_class)(config)
+        _rouse(model)
+        with no_progress_bars():
+            model.save_pretrained(folder)
         return folder
 
     return save

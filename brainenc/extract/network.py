@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from brainenc.extract.capture import Heads, Watch, watching
 from brainenc.extract.preprocess import Preprocessing
@@ -63,15 +62,11 @@ class Sighting:
 
 
 def look(network: Network, height: int, width: int) -> Sighting:
-    """Shapes everywhere for images of this size; computes no numbers where the model lets itself be traced."""
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            return _look(network, torch.empty(1, 3, height, width))
-    except Exception:  # data-dependent models cannot be traced; for them one real image tells the same
-        return _look(network, torch.zeros(1, 3, height, width))
+    """Shapes everywhere for inputs of this size, from one forward pass of a black image.
 
-
-def _look(network: Network, batch: torch.Tensor) -> Sighting:
+    A real pass: models keep tensors that they derive from the size (positions, indices), and a pass with fake or
+    meta tensors would leave such tensors behind for the real ones to stumble over.
+    """
     outputs: dict[str, list[tuple[int, ...]]] = {}
     attention: dict[str, list[tuple[int, int, int]]] = {}
 
@@ -79,8 +74,8 @@ def _look(network: Network, batch: torch.Tensor) -> Sighting:
         outputs.setdefault(name, []).append(tuple(tensor.shape))
 
     def saw_attention(name: str, heads: Heads) -> None:
-        _, n_heads, tokens, d = heads.q.shape
-        attention.setdefault(name, []).append((n_heads, tokens, d))
+        shape = heads.q.shape if heads.q.ndim == 4 else (0, 0, 0, 0)  # windows have no rows of the image's tokens
+        attention.setdefault(name, []).append((shape[1], shape[2], shape[3]))
 
     names = [name for name, _ in network.model.named_modules() if name]
     watch = Watch(
@@ -89,7 +84,7 @@ def _look(network: Network, batch: torch.Tensor) -> Sighting:
     )
     device = next(network.model.parameters()).device
     with torch.no_grad(), watching(network.model, watch):
-        pooled = network.run(batch.to(device))
+        pooled = network.run(torch.zeros(1, 3, height, width, device=device))
     return Sighting(outputs=outputs, attention=attention, pooled=None if pooled is None else tuple(pooled.shape))
 
 

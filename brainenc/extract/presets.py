@@ -1,11 +1,11 @@
 """The backbones that people name today, with the numbers that the published encoder computes.
 
-| preset                                  | backbone, feature                        | input                                     |
-|-----------------------------------------|------------------------------------------|-------------------------------------------|
-| ``dinov2_q``, ``dinov2_q_cls``          | facebook/dinov2-base, q of last block    | native size, zero-padded to the patch     |
-| ``dinov2``, ``dinov2_cls``              | facebook/dinov2-base, after final norm   | the same                                  |
-| ``clip``, ``clip_cls``                  | open_clip ViT-L-14/openai, projected     | squashed to 224, **ImageNet** statistics  |
-| ``resnet50``, ``resnet18``, ``..._cls`` | torchvision, layer4 (``_cls``: its mean) | native size                               |
+| preset                     | backbone, feature                        | input                                    |
+|----------------------------|------------------------------------------|------------------------------------------|
+| dinov2_q, dinov2_q_cls     | facebook/dinov2-base, q of last block    | native size, zero-padded to the patch    |
+| dinov2, dinov2_cls         | facebook/dinov2-base, after final norm   | the same                                 |
+| clip, clip_cls             | open_clip ViT-L-14/openai, projected     | squashed to 224, **ImageNet** statistics |
+| resnet50, resnet18, _cls   | torchvision, layer4 (_cls: its mean)     | native size                              |
 
 All of them normalise with the ImageNet statistics, CLIP too: that is what was published, not what CLIP was trained
 with. ``open_clip:ViT-L-14/openai`` is the right one.

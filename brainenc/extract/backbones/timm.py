@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def load(name: str, *, slug: str | None, size_policy: str | None, image_size: in
         n_cls=n_cls(model),
         n_registers=n_registers(model),
         patch=patch(model),
-        nominal=_nominal(model),
+        nominal=_nominal(model) if patch(model) > 1 else preprocessing.output_shape(224, 224),
         preprocessing=preprocessing,
         config=architecture(model),
     )
@@ -42,7 +43,7 @@ def load(name: str, *, slug: str | None, size_policy: str | None, image_size: in
 
 def patch(model: nn.Module) -> int:
     """Edge of a patch of a plain vision transformer; 1 for everything whose rows are not patches."""
-    size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    size = getattr(getattr(model, "patch_embed", getattr(model, "embeds", None)), "patch_size", None)
     if size is None or not hasattr(model, "blocks"):
         return 1
     return int(size[0] if isinstance(size, list | tuple) else size)
@@ -55,7 +56,8 @@ def n_cls(model: nn.Module) -> int:
 
 def n_registers(model: nn.Module) -> int:
     """How many register tokens follow the class token."""
-    return int(getattr(model, "num_reg_tokens", 0) or 0)
+    tokens = getattr(model, "reg_token", None)
+    return int(tokens.shape[1]) if isinstance(tokens, torch.Tensor) else int(getattr(model, "num_reg_tokens", 0) or 0)
 
 
 def stages(model: nn.Module) -> tuple[str, ...]:
@@ -90,22 +92,26 @@ def _create(
         if not Path(checkpoint).is_file():
             raise UnknownName("checkpoint file", checkpoint, ["the path of a file that timm can load"], f"timm:{name}")
         options["pretrained_cfg_overlay"] = {"file": checkpoint}
-    if policy == "pad":
-        options["dynamic_img_size"] = True
-    elif size is not None:
-        options["img_size"] = size
+    sizes = {"dynamic_img_size": True} if policy == "pad" else {"img_size": size} if size is not None else {}
     try:
-        model: nn.Module = timm.create_model(model_name, pretrained=True, num_classes=0, **options)
-    except TypeError as error:
-        raise UsageError(
-            f"timm:{name} takes one image size only ({error}): leave out the image size and `pad`."
-        ) from error
+        create = functools.partial(timm.create_model, model_name, pretrained=True, num_classes=0)
+        return _any_size(create, options, sizes).float()
     except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"timm:{name} could not be loaded ({(str(error).strip().splitlines() or [type(error).__name__])[0]}). Without a "
-            f"network, download the weights elsewhere and write timm:{model_name}/path/to/checkpoint."
+            f"timm:{name} could not be loaded ({reason}). Without a network, download the weights elsewhere and write "
+            f"timm:{model_name}/path/to/checkpoint."
         ) from error
-    return model.float()
+
+
+def _any_size(create: Callable[..., nn.Module], options: dict[str, Any], sizes: dict[str, Any]) -> nn.Module:
+    """Convolutional networks take any size and know no option for it; what cannot is found out by looking at it."""
+    try:
+        return create(**options, **sizes)
+    except TypeError:
+        if not sizes:
+            raise
+        return create(**options)
 
 
 def _run(model: Any, batch: torch.Tensor) -> torch.Tensor:
@@ -121,9 +127,9 @@ def _nominal(model: nn.Module) -> tuple[int, int]:
 
 
 def _preprocessing(name: str, model: nn.Module, policy: str | None) -> Preprocessing:
-    import timm.data
+    from timm.data.config import resolve_model_data_config
 
-    config = timm.data.resolve_model_data_config(model)
+    config: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     _, height, width = config["input_size"]
     mode, fraction = config.get("crop_mode", "center"), config.get("crop_pct") or 1.0
     if mode == "border" and policy is None:

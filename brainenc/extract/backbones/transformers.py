@@ -1,5 +1,8 @@
-"""Vision models of Hugging Face transformers, through one path: DINOv2 (with registers), DINOv3, ViT, DeiT, SigLIP, CLIP's
-image side, MAE, I-JEPA, data2vec, BEiT and whatever else takes ``pixel_values`` and has a list of blocks."""
+"""Vision models of Hugging Face transformers, through one path.
+
+DINOv2 (with registers), DINOv3, ViT, DeiT, SigLIP, CLIP's image side, MAE, I-JEPA, data2vec, BEiT, and whatever else
+takes ``pixel_values`` and has a list of blocks.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,9 @@ _NATIVE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 
 # What the published preprocessor_config.json say, for folders that have none (transformers' class defaults differ).
 _STATISTICS = {
-    "dinov2": IMAGENET, "dinov2_with_registers": IMAGENET, "dinov3_vit": IMAGENET, "ijepa": IMAGENET, "vit_mae": IMAGENET,
-    "vit_msn": IMAGENET, "deit": IMAGENET, "resnet": IMAGENET, "convnext": IMAGENET, "convnextv2": IMAGENET,
-    "swin": IMAGENET, "swinv2": IMAGENET, "dinov3_convnext": IMAGENET, "hiera": IMAGENET,
+    "dinov2": IMAGENET, "dinov2_with_registers": IMAGENET, "dinov3_vit": IMAGENET, "ijepa": IMAGENET,
+    "vit_mae": IMAGENET, "vit_msn": IMAGENET, "deit": IMAGENET, "resnet": IMAGENET, "convnext": IMAGENET,
+    "convnextv2": IMAGENET, "swin": IMAGENET, "swinv2": IMAGENET, "dinov3_convnext": IMAGENET, "hiera": IMAGENET,
     "clip": OPENAI_CLIP, "clip_vision_model": OPENAI_CLIP, "metaclip_2": OPENAI_CLIP,
 }  # fmt: skip
 _BICUBIC = ("dinov2", "dinov2_with_registers", "clip", "clip_vision_model", "siglip", "siglip_vision_model", "vit_mae",
@@ -35,8 +38,9 @@ _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 # Fields of a configuration that make the architecture, under every name that the models give them. Not the whole
 # configuration: other versions of transformers write other defaults into it, and stores outlive versions.
 _ARCHITECTURE = (
-    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio", "hidden_act",
-    "layer_norm_eps", "patch_size", "image_size", "num_register_tokens", "depths", "hidden_sizes", "embed_dim",
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio",
+    "hidden_act", "layer_norm_eps", "patch_size", "image_size", "num_register_tokens", "depths", "hidden_sizes",
+    "embed_dim",
 )  # fmt: skip
 
 
@@ -44,7 +48,7 @@ def load(name: str, *, slug: str | None, size_policy: str | None, image_size: in
     """A hub id or a folder made by ``save_pretrained``."""
     whole, missing = _load_model(name)
     model, project = _vision_side(whole)
-    config = model.config
+    config: Any = model.config
     kind = str(config.model_type)
     if "patch_embedding" in kind or kind == "siglip2_vision_model" or _is_naflex(model):
         raise UsageError(f"{name}: models that take flattened patches of any aspect ratio have no fixed rows to store.")
@@ -72,7 +76,7 @@ def load(name: str, *, slug: str | None, size_policy: str | None, image_size: in
         n_cls=int(_has_class_token(model)),
         n_registers=int(getattr(config, "num_register_tokens", 0) or 0),
         patch=patch,
-        nominal=_nominal(config, patch),
+        nominal=_nominal(preprocessing, config, patch),
         pools=not pooler,
         preprocessing=preprocessing,
         config=_architecture(config),
@@ -84,7 +88,7 @@ def _load_model(name: str) -> tuple[nn.Module, frozenset[str]]:
     import transformers
 
     try:
-        with _no_progress_bars():
+        with no_progress_bars():
             model, report = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         raise _unknown(name, error) from error
@@ -95,16 +99,17 @@ def _load_model(name: str) -> tuple[nn.Module, frozenset[str]]:
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """Without transformers' own bars, which would tear the one live line of a command."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _unknown(name: str, error: Exception) -> UnknownName:
@@ -168,7 +173,7 @@ def _preprocessing(name: str, config: Any, kind: str) -> Preprocessing:
     import transformers
 
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name)
+        processor = transformers.AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, KeyError):  # a folder without preprocessor_config.json
         mean, std = _STATISTICS.get(kind, HALF)
         edge = _edge(getattr(config, "image_size", None)) or 224
@@ -194,7 +199,7 @@ def _from_processor(processor: Any) -> Preprocessing:
     if getattr(processor, "do_center_crop", False) and crop:
         target = (int(crop["height"]), int(crop["width"]))
         keep_aspect = shortest is not None
-        first = int(shortest if keep_aspect else size["height"]) if getattr(processor, "do_resize", True) else None
+        first = int(shortest or size["height"]) if getattr(processor, "do_resize", True) else None
         return Preprocessing(
             policy="crop", mean=mean, std=std, resample=resample, size=target, shortest=first, keep_aspect=keep_aspect
         )
@@ -230,9 +235,13 @@ def _edge(value: Any) -> int | None:
     return int(value[0] if isinstance(value, list | tuple) else value)
 
 
-def _nominal(config: Any, patch: int) -> tuple[int, int]:
+def _nominal(preprocessing: Preprocessing, config: Any, patch: int) -> tuple[int, int]:
+    """Its one size, or, for a model that takes any, one that costs little to look at."""
+    if preprocessing.policy != "pad":
+        return preprocessing.output_shape(0, 0)
+    if patch > 1:
+        return 3 * patch, 4 * patch
     edge = _edge(getattr(config, "image_size", None)) or 224
-    edge = max(patch, edge // patch * patch)
     return edge, edge
 
 
