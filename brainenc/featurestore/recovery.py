@@ -120,15 +120,30 @@ def debris(store: FeatureStore, *, grace_s: float = _GRACE_S) -> Iterator[Debris
         store: the store.
         grace_s: where locks are not seen by all writers, partials younger than this are left alone.
     """
-    for path in store.place.partials():
-        if _is_dead(path, _JUST_OPENED_S if store.place.can.shared_locks else grace_s):
-            yield Debris(name=str(path), bytes=path.stat().st_size, why="a writer died over it")
+    for path in dead_partials(store, grace_s=grace_s):
+        yield Debris(name=str(path), bytes=path.stat().st_size, why="a writer died over it")
     if not store.place.can.fresh_listing:
         return  # a number that looks free would be taken again by a driver with an old listing
     for key in store:
         for number in commit.numbers(store.place, key)[1:-_MANIFESTS_KEPT]:
             name = layout.manifest_file(key, number)
             yield Debris(name=name, bytes=store.place.size(name) or 0, why="superseded by later manifests")
+
+
+def dead_partials(
+    store: FeatureStore, prefix: str = "", *, just_opened_s: float = _JUST_OPENED_S, grace_s: float = _GRACE_S
+) -> Iterator[Path]:
+    """Partials whose writers are dead.
+
+    Args:
+        store: the store.
+        prefix: of the names that they were meant for, such as a collection's key.
+        just_opened_s: how long a writer may take from making its partial to locking it.
+        grace_s: the same where locks are not seen by all writers, so that age alone tells.
+    """
+    for path in store.place.partials(prefix):
+        if _is_dead(path, just_opened_s if store.place.can.shared_locks else grace_s):
+            yield path
 
 
 def gc(store: FeatureStore, found: Sequence[Debris]) -> int:
