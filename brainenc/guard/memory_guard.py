@@ -101,7 +101,7 @@ class MemoryGuard:
         self._level: Level = "ok"
         self._told_at = self._warned_at = self._relieved_at = self._shrunk_at = float("-inf")
         self._signals = 0
-        self._busy = False
+        self._busy = self._overdue = False
         self._saved: Saved | None = None
 
     # ---- what a script calls
@@ -246,6 +246,7 @@ class MemoryGuard:
     def _hear(self, message: dict[str, Any]) -> None:
         """One message of the watcher."""
         if message["kind"] == "overdue" and self._order is not None:
+            self._overdue = True
             self._order = dataclasses.replace(self._order, urgent=True)
         if message["kind"] != "decision":
             return
@@ -255,11 +256,15 @@ class MemoryGuard:
         if asked_by_person:
             return
         if self._level != "critical":
-            self._order = None  # memory went down again before anything was done
+            self._order, self._overdue = None, False  # memory went down again before anything was done
             return
+        if self._order is None and self._hearing is not None:  # a boundary that does not come in time is not waited for
+            self._hearing.tell(wake_after=2 * self._place.step_s + 0.05)
         numbers = {k: v for k, v in message.items() if k not in ("kind", "reason", "level")}
         kind: OrderKind = "stop" if self._shrunk_at > float("-inf") else self._kind
-        self._order = Order(kind=kind, reason=message["reason"], numbers=numbers, urgent=message["urgent"])
+        self._order = Order(
+            kind=kind, reason=message["reason"], numbers=numbers, urgent=message["urgent"] or self._overdue
+        )
 
     def _asked_to_stop(self, number: int) -> None:
         """SIGTERM, SIGINT: stop at the next boundary; twice, or no boundary in 2 s: here; three times: at once."""
@@ -301,7 +306,7 @@ class MemoryGuard:
             if self._attention and training:
                 self._place.remember_rng()
         elif order.numbers and not order.numbers["drill"] and not order.urgent and self._relieved(order):
-            self._order = None
+            self._order, self._overdue = None, False
         elif order.numbers and time.monotonic() - self._shrunk_at < self._config.dwell_s:
             return  # it has just shrunk: that needs a moment to show
         elif order.kind == "shrink":
@@ -346,7 +351,7 @@ class MemoryGuard:
             raise SystemExit(1)
         self._on_shrink()
         files.free_cached()
-        self._shrunk_at, self._order = time.monotonic(), None
+        self._shrunk_at, self._order, self._overdue = time.monotonic(), None, False
         self._hold_reserve()
         self._say(f"{self._marks.done}Shrunk; going on. Still critical after {self._config.dwell_s:g} s means stop.")
 

@@ -244,7 +244,7 @@ class Policy:
         decision = classify(meter, trend.growth(), timing, self.config, before)
         if RANK[decision.level] < RANK[before] and now - since < self.config.dwell_s:
             return _held(decision, before, self.config.thresholds)
-        if decision.level != before:
+        if decision.level != before and not decision.predicted:  # growth that stops is forgotten at once: there is time
             self._levels[meter.name] = (decision.level, now)
         return decision
 

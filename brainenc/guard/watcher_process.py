@@ -122,7 +122,7 @@ class Lookout:
 
 
 class Outbox:
-    """Messages to the worker. Never blocks: what a full pipe does not take waits, and readings are dropped meanwhile."""
+    """Messages to the worker. Never blocks: what a full pipe does not take waits; readings are dropped meanwhile."""
 
     def __init__(self, fd: int, limit: int = 200) -> None:
         self._fd, self._limit = fd, limit

@@ -1,6 +1,6 @@
 """A training script of somebody who has never heard of Ray: run by the tests, with faults of its own.
 
-    python plain_script.py FOLDER [--epochs N] [--leak MB_PER_S] [--leak-at STEP] [--thread] [--mode epochs|five] ...
+python plain_script.py FOLDER [--epochs N] [--leak MB_PER_S] [--leak-at STEP] [--thread] [--mode epochs|five] ...
 """
 
 import argparse
