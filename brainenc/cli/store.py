@@ -1,4 +1,4 @@
-"""``brainenc store``: list, inspect, verify, repair and tidy feature stores."""
+"""``brainenc store``: list, inspect, verify, repair, tidy, copy, export and import feature stores."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from brainenc.cli.progress import Progress
+from brainenc.cli.store_transfer import cp_command, export_command, import_command
 from brainenc.featurestore.overview import collection_summary, environments
 from brainenc.featurestore.recovery import Finding, Verification, debris, gc, repair, verify
 from brainenc.featurestore.store import FeatureStore, open_store
@@ -22,7 +23,7 @@ keys_argument = click.argument("keys", metavar="[KEY]...", nargs=-1)
 
 @click.group()
 def command() -> None:
-    """List, inspect, verify, repair and tidy feature stores.
+    """List, inspect, verify, repair, tidy, copy, export and import feature stores.
 
     STORE is a folder or URL, KEY a collection such as subj01-train/dinov2-base/11.q.
     """
@@ -186,3 +187,7 @@ def _print_repair(findings: Sequence[Finding], left: Sequence[Finding], dry_run:
         click.echo("Run the same extraction again: it computes just what was dropped.")
     for finding in left:
         click.echo(f"Cannot be mended: {finding.problem}", file=sys.stderr)
+
+
+for _command in (cp_command, export_command, import_command):
+    command.add_command(_command)

@@ -202,6 +202,12 @@ class FeatureStore:
         )  # fmt: skip
         return ExternalWriter(collection, environment or {})
 
+    def to_ray(self, key: str, *, rows_per_block: int | None = None) -> Any:
+        """A collection as a ``ray.data.Dataset`` with the columns ``id``, ``row`` and ``features``; see ``interop.to_ray``."""
+        from brainenc.featurestore.interop import to_ray
+
+        return to_ray(self[key], rows_per_block=rows_per_block)
+
     def __repr__(self) -> str:
         return f"FeatureStore({self.url!r})"
 
