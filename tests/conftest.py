@@ -4,7 +4,11 @@ import os
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("brainenc", deadline=None)  # a timing never decides a test
+hypothesis.settings.load_profile("brainenc")
 
 # Before anything imports Ray, Hugging Face or gcsfs: no telemetry, no hub, no token file, no probing of real clouds.
 os.environ.update(

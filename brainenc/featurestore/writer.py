@@ -39,7 +39,7 @@ class ShardWriter:
         self, spec: CollectionSpec, shard: int, partial: Path, publish: Publish,
         *, environment: Mapping[str, Any], name_row: Callable[[int], str],
     ) -> None:  # fmt: skip
-        self.shard, self._spec, self._shape = shard, spec, spec.shard(shard)
+        self.shard, self._spec, self._shape = int(shard), spec, spec.shard(int(shard))
         self.rows = spec.rows(shard)
         self._environment, self._publish, self._name_row = dict(environment), publish, name_row
         self._format = shard_format(spec.format)
@@ -67,12 +67,12 @@ class ShardWriter:
             ValueNotStorable: a value the collection's dtype cannot hold; names the stimulus. Nothing was written.
             NoSpace: the disk is full.
         """
-        rows = np.asarray(rows)
+        rows, missing = np.asarray(rows), [int(position) for position in missing]
         first = self.rows.start + self._written
         self._check(rows, missing)
         if missing:
             rows = rows.copy()
-            rows[list(missing)] = 0
+            rows[missing] = 0
         data = to_storage(rows, self._spec.dtype, lambda position: self._name_row(first + position))
         view = memoryview(data.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         self._blocks.update(view)

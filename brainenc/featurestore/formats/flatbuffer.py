@@ -119,5 +119,7 @@ class Table:
         if place is None:
             return []
         (count,) = struct.unpack_from("<I", self.buffer, place)
+        if place + 4 + 4 * count > len(self.buffer):  # a flipped bit could ask for billions
+            raise ValueError("a vector reaches beyond its buffer")
         at = [place + 4 + 4 * i for i in range(count)]
         return [Table(self.buffer, p + int(struct.unpack_from("<I", self.buffer, p)[0])) for p in at]

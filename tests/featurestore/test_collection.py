@@ -1,0 +1,325 @@
+"""Writing and sealing shards, receipts, commits; many writers at once."""
+
+import itertools
+import multiprocessing
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brainenc.errors import CorruptData, ShardSealed, StoreError, UsageError, ValueNotStorable
+from brainenc.featurestore import commit, open_store
+from brainenc.featurestore.dtypes import logical_dtype, to_storage
+from tests.featurestore.making import KEY, fill, make_collection, tree, values
+
+
+def shard_files(folder, key=KEY):
+    return sorted(p.name for p in (folder / key).iterdir() if p.name.startswith((".", "shard")))
+
+
+class TestShardWriter:
+    def test_nothing_is_seen_before_the_seal_and_nothing_is_left_after_an_abort(self, tmp_path):
+        collection = make_collection(tmp_path)
+        with collection.shard_writer(0) as writer:
+            writer.append(values(3))
+            assert writer.written == 3
+            assert not list((tmp_path / KEY).glob("shard-*"))
+        assert shard_files(tmp_path) == []
+        assert collection.sealed() == frozenset()
+
+    def test_a_sealed_shard_is_never_written_again(self, tmp_path):
+        collection = make_collection(tmp_path)
+        fill(collection, values(23), shards=[2])
+        before = tree(tmp_path)
+        with pytest.raises(ShardSealed, match="shard 2"):
+            collection.shard_writer(2)
+        assert tree(tmp_path) == before
+
+    def test_the_receipt_describes_the_file(self, tmp_path):
+        collection, rows = make_collection(tmp_path, row_shape=(600, 100), rows_per_shard=20), values(23, (600, 100))
+        fill(collection, rows, environment={"torch": "2.9", "device": "cpu"})
+        path = tmp_path / KEY / "shard-00001.arrow"
+        receipt = collection.receipt(1)
+        assert (receipt.shard, receipt.rows, receipt.bytes) == (1, 3, path.stat().st_size)
+        assert receipt.data_offset % 64 == 0
+        assert receipt.note.block_rows == -(-(1 << 20) // 120000)
+        assert len(receipt.blocks) == 1
+        assert len(collection.receipt(0).blocks) == 3
+        assert receipt.environment == {"torch": "2.9", "device": "cpu"}
+        assert receipt.content_hashes == ("14", "15", "16")
+        found = np.fromfile(path, "<f2", 3 * 60000, offset=receipt.data_offset).reshape(3, 600, 100)
+        np.testing.assert_array_equal(found, rows[20:])
+
+    def test_the_checksum_of_the_whole_is_what_others_compute(self, tmp_path):
+        import xxhash
+
+        collection = make_collection(tmp_path)
+        fill(collection, values(23))
+        raw = (tmp_path / KEY / "shard-00000.arrow").read_bytes()
+        assert collection.receipt(0).checksum == xxhash.xxh3_128_hexdigest(raw)
+
+    def test_rows_left_out_on_purpose_are_zero_and_recorded(self, tmp_path):
+        collection, rows = make_collection(tmp_path), values(23)
+        rows[6] = np.inf
+        with collection.shard_writer(1) as writer:
+            writer.append(rows[5:9], missing=[1])
+            writer.append(rows[9:10])
+            receipt = writer.seal()
+        assert receipt.missing == (6,)
+        assert collection.commit().shards[0].missing == (6,)
+        assert np.isinf(rows[6]).all()
+
+    @pytest.mark.parametrize(
+        ("rows", "missing", "said"),
+        [(values(6), (), "6 came"), (values(2, (4, 5)), (), r"\(4, 6\) are wanted"), (values(24)[0], (), "are wanted"),
+         (values(2), (2,), "within a batch of 2")],
+    )  # fmt: skip
+    def test_wrong_rows_are_refused(self, tmp_path, rows, missing, said):
+        with make_collection(tmp_path).shard_writer(0) as writer, pytest.raises(UsageError, match=said):
+            writer.append(rows, missing=missing)
+
+    def test_a_shard_with_rows_lacking_cannot_be_sealed(self, tmp_path):
+        with make_collection(tmp_path).shard_writer(0) as writer:
+            writer.append(values(4))
+            with pytest.raises(StoreError, match="4 of 5 rows"):
+                writer.seal()
+
+    def test_a_closed_writer_takes_nothing(self, tmp_path):
+        writer = make_collection(tmp_path).shard_writer(0)
+        writer.abort()
+        writer.abort()
+        with pytest.raises(UsageError, match="closed"):
+            writer.append(values(1))
+
+    def test_there_is_no_shard_beyond_the_last(self, tmp_path):
+        with pytest.raises(UsageError, match="no shard 5.*5 shards"):
+            make_collection(tmp_path).shard_writer(5)
+
+    def test_space_is_claimed_before_the_first_row(self, tmp_path):
+        """A disk that fills up is found before the work, and a hole is never left to be filled."""
+        collection = make_collection(tmp_path, row_shape=(1000,))
+        with collection.shard_writer(0):
+            (partial,) = (tmp_path / KEY).glob(".*.partial")
+            assert partial.stat().st_blocks * 512 >= 5 * 2000
+
+    @settings(max_examples=30)
+    @given(
+        n=st.integers(1, 40), per_shard=st.integers(1, 12), dtype=st.sampled_from(["float16", "float32", "bfloat16"]),
+        row_shape=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
+        form=st.sampled_from(["arrow", "npy"]), sizes=st.lists(st.integers(1, 9), min_size=1), seed=st.integers(0, 99),
+    )  # fmt: skip
+    def test_whatever_the_batches_shapes_and_dtypes_rows_come_back(
+        self, tmp_path_factory, n, per_shard, dtype, row_shape, form, sizes, seed
+    ):
+        collection = make_collection(tmp_path_factory.mktemp("store"), n, row_shape=row_shape, dtype=dtype,
+                                     rows_per_shard=per_shard, format=form)  # fmt: skip
+        rows = values(n, row_shape, seed)
+        for shard in range(collection.n_shards):
+            mine, step = rows[collection.rows(shard).start : collection.rows(shard).stop], itertools.cycle(sizes)
+            with collection.shard_writer(shard) as writer:
+                while writer.written < len(mine):
+                    writer.append(mine[writer.written : writer.written + next(step)])
+                receipt = writer.seal()
+            assert receipt == collection.inspect(shard) == collection.receipt(shard)
+        collection.commit()
+        view = collection.view()
+        assert view.dtype == logical_dtype(dtype)
+        np.testing.assert_array_equal(view[:].astype(np.float32), rows)
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("dtype", "limit"), [("float16", 65504.0), ("float32", 3.4028234e38), ("bfloat16", 3.38e38)]
+    )
+    def test_the_largest_value_is_stored_and_the_next_refused(self, dtype, limit):
+        rows = np.full((2, 3), limit)
+        assert np.isfinite(to_storage(rows, dtype).view(logical_dtype(dtype)).astype(np.float64)).all()
+        rows[1, 2] = -limit * 1.01
+        with pytest.raises(ValueNotStorable, match=f"row 1 holds -.*{dtype}"):
+            to_storage(rows, dtype)
+
+    @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+    def test_an_infinity_is_refused_in_every_dtype_and_nan_is_kept(self, dtype):
+        rows = np.zeros((3, 500000), np.float32)
+        rows[0, 7] = np.nan
+        assert np.isnan(to_storage(rows, dtype).view(logical_dtype(dtype))[0, 7].astype(np.float32))
+        rows[2, -1] = -np.inf
+        with pytest.raises(ValueNotStorable, match="row 2 holds -inf.*overflowed"):
+            to_storage(rows, dtype)
+
+    def test_what_has_the_dtype_already_is_not_copied(self):
+        rows = np.ones((2, 3), np.float16)
+        assert np.shares_memory(to_storage(rows, "float16"), rows)
+
+
+class TestAdoption:
+    def test_a_whole_shard_without_a_receipt_gets_the_same_one_again(self, tmp_path):
+        collection = make_collection(tmp_path)
+        fill(collection, values(23))
+        before = tree(tmp_path)
+        (tmp_path / KEY / "shard-00003.json").unlink()
+        assert collection.sealed() == frozenset(range(5))
+        assert tree(tmp_path) == before
+
+    def test_one_that_does_not_verify_is_removed(self, tmp_path):
+        collection = make_collection(tmp_path)
+        fill(collection, values(23), shards=[3])
+        path = tmp_path / KEY / "shard-00003.arrow"
+        raw = bytearray(path.read_bytes())
+        raw[-400] ^= 1
+        path.write_bytes(raw)
+        path.with_suffix(".json").unlink()
+        assert collection.sealed() == frozenset()
+        assert shard_files(tmp_path) == []
+
+    @pytest.mark.parametrize("other", [{"identity": {"weights": "other"}}, {"n": 22}])
+    def test_one_of_another_collection_is_not_taken(self, tmp_path, other):
+        mine, theirs = make_collection(tmp_path / "a"), make_collection(tmp_path / "b", **other)
+        fill(theirs, values(23), shards=[1])
+        source = tmp_path / "b" / KEY / "shard-00001.arrow"
+        source.rename(tmp_path / "a" / KEY / "shard-00001.arrow")
+        assert mine.sealed() == frozenset()
+
+    def test_one_under_another_number_is_not_taken(self, tmp_path):
+        collection = make_collection(tmp_path)
+        fill(collection, values(23), shards=[1])
+        (tmp_path / KEY / "shard-00001.arrow").rename(tmp_path / KEY / "shard-00002.arrow")
+        with pytest.raises(CorruptData, match="is not shard 2 of this collection, but shard 1 of this one"):
+            collection.inspect(2)
+
+
+class TestCommit:
+    def test_commits_are_numbered_and_nothing_new_is_no_commit(self, tmp_path):
+        collection, rows = make_collection(tmp_path), values(23)
+        fill(collection, rows, shards=[4])
+        first = collection.commit()
+        collection.commit()
+        fill(collection, rows, shards=[0])
+        second = collection.commit()
+        assert [entry.shard for entry in first.shards] == [4]
+        assert [entry.shard for entry in second.shards] == [0, 4]
+        assert commit.numbers(collection.place, KEY) == [1, 2, 3]
+
+    def test_the_transaction_follows_from_the_content(self, tmp_path):
+        ids = []
+        for name, order in (("a", [0, 1, 2, 3, 4]), ("b", [3, 0, 4, 2, 1])):
+            collection = make_collection(tmp_path / name)
+            for shard in order:
+                fill(collection, values(23), shards=[shard])
+                manifest = collection.commit()
+            ids.append(manifest.transaction)
+        assert ids[0] == ids[1]
+
+    def test_a_torn_manifest_is_passed_over_and_its_number_not_used_again(self, tmp_path):
+        collection, rows = make_collection(tmp_path), values(23)
+        fill(collection, rows, shards=[0])
+        collection.commit()
+        (tmp_path / KEY / "manifest-000003.json").write_bytes(b'{"kind":"manifest","version":1')
+        assert [entry.shard for entry in collection.manifest().shards] == [0]
+        fill(collection, rows, shards=[1])
+        collection.commit()
+        assert commit.latest(collection.place, KEY).number == 4
+
+    def test_only_torn_manifests_are_an_error(self, tmp_path):
+        make_collection(tmp_path)
+        (tmp_path / KEY / "manifest-000001.json").write_bytes(b"")
+        with pytest.raises(CorruptData, match="manifest-000001"):
+            open_store(tmp_path).collection(KEY)
+
+    def test_drivers_at_once_lose_nothing(self, tmp_path):
+        collection, rows = make_collection(tmp_path, n=24, rows_per_shard=1), values(24)
+
+        def drive(part):
+            mine = pickle.loads(pickle.dumps(collection))
+            for shard in part:
+                fill(mine, rows, shards=[shard])
+                mine.commit()
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(drive, np.array_split(np.arange(24), 4)))
+        assert [entry.shard for entry in collection.manifest().shards] == list(range(24))
+        numbers = commit.numbers(collection.place, KEY)
+        assert numbers == list(range(1, len(numbers) + 1))
+
+
+def _write_everything(folder, n, per_shard, order, results):
+    collection = make_collection(folder, n, rows_per_shard=per_shard)
+    rows, lost = values(n), 0
+    for shard in order:
+        try:
+            fill(collection, rows, shards=[shard])
+        except ShardSealed:
+            lost += 1
+    collection.commit()
+    results.put(lost)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("writers", [2, 16])
+def test_writers_given_all_the_work_end_with_each_row_once(tmp_path, writers):
+    """In processes of their own, all writing every shard, in different orders."""
+    n, per_shard = 48, 6
+    alone = make_collection(tmp_path / "alone", n, rows_per_shard=per_shard)
+    fill(alone, values(n))
+    alone.commit()
+    context = multiprocessing.get_context("fork")
+    results, rng = context.SimpleQueue(), np.random.default_rng(0)
+    orders = [rng.permutation(8).tolist() for _ in range(writers)]
+    processes = [
+        context.Process(target=_write_everything, args=(tmp_path / "many", n, per_shard, order, results))
+        for order in orders
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+
+    assert [process.exitcode for process in processes] == [0] * writers
+    many = {name: data for name, data in tree(tmp_path / "many").items() if "manifest" not in name}
+    assert many == {name: data for name, data in tree(tmp_path / "alone").items() if "manifest" not in name}
+    ideal = sum(entry.bytes for entry in alone.manifest().shards)
+    shards = sum(len(data) for name, data in many.items() if name.endswith(".arrow") and "shard" in name)
+    assert shards <= 1.01 * ideal
+    assert open_store(tmp_path / "many").collection(KEY).manifest() == alone.manifest()
+
+
+def test_of_two_writers_of_one_shard_the_first_to_publish_wins(tmp_path):
+    """And the loser is told the winner's receipt, with no copy left behind."""
+    collection, rows = make_collection(tmp_path), values(23)
+    first = collection.shard_writer(0, environment={"who": "first"})
+    second = collection.shard_writer(0, environment={"who": "second"})
+    for writer in (first, second):
+        writer.append(rows[:5])
+    won, lost = second.seal(), first.seal()
+    assert won == lost
+    assert won.environment == {"who": "second"}
+    assert shard_files(tmp_path) == ["shard-00000.arrow", "shard-00000.json"]
+
+
+def test_a_shard_that_was_published_without_receipt_beside_a_writer_is_adopted_by_it(tmp_path):
+    collection, rows = make_collection(tmp_path), values(23)
+    late = collection.shard_writer(0, environment={"who": "late"})
+    late.append(rows[:5])
+    fill(collection, rows, shards=[0], environment={"who": "early"})
+    os.unlink(tmp_path / KEY / "shard-00000.json")
+    assert late.seal().environment == {"who": "early"}
+
+
+def test_a_broken_shard_in_the_way_is_replaced(tmp_path):
+    collection, rows = make_collection(tmp_path), values(23)
+    writer = collection.shard_writer(0)
+    writer.append(rows[:5])
+    (tmp_path / KEY / "shard-00000.arrow").write_bytes(b"half a shard")
+    receipt = writer.seal()
+    assert collection.inspect(0) == receipt
+
+
+def test_a_collection_pickles_as_its_address(tmp_path):
+    collection = make_collection(tmp_path)
+    again = pickle.loads(pickle.dumps(collection))
+    fill(again, values(23))
+    assert collection.sealed() == frozenset(range(5))
