@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
@@ -130,7 +131,8 @@ def disk_speed(folder: Path, n_bytes: int = 4 << 20) -> float:
     except OSError:
         return 0.0
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _epoch(path: Path) -> int:
