@@ -203,7 +203,7 @@ class FeatureStore:
         return ExternalWriter(collection, environment or {})
 
     def to_ray(self, key: str, *, rows_per_block: int | None = None) -> Any:
-        """A collection as a ``ray.data.Dataset`` with the columns ``id``, ``row`` and ``features``; see ``interop.to_ray``."""
+        """A collection as a ``ray.data.Dataset`` of ``id``, ``row`` and ``features``; see ``interop.to_ray``."""
         from brainenc.featurestore.interop import to_ray
 
         return to_ray(self[key], rows_per_block=rows_per_block)

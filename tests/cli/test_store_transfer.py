@@ -1,0 +1,101 @@
+"""The commands that move features between stores and files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from brainenc.cli.main import run
+from brainenc.featurestore import open_store
+
+TRAIN, TEST = "subj01-train/dinov2-base/11.q", "subj01-test/dinov2-base/11.q"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BRAINENC_CACHE", str(tmp_path / "brainenc-cache"))
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = open_store(tmp_path / "store", create=True)
+    for key, n in ((TRAIN, 6), (TEST, 2)):
+        rows = np.random.default_rng(n).standard_normal((n, 4, 3)).astype(np.float16)
+        with made.writer(key, ids=[f"nsd-{i:05d}" for i in range(n)], row_shape=(4, 3), rows_per_shard=4) as writer:
+            writer.append(rows)
+    return made
+
+
+def test_cp_copies_and_says_what_was_there(store, tmp_path, capsys):
+    target = str(tmp_path / "copy")
+    assert run(["store", "cp", store.url, target]) == 0
+    assert "2 collections, 3 shards copied" in capsys.readouterr().out
+    assert run(["store", "cp", store.url, target, "*-train/*/*", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["keys"], told["shards"], told["shards_there"]) == ([TRAIN], 0, 2)
+    assert np.array_equal(open_store(target)[TRAIN][:], store[TRAIN][:])
+
+
+def test_cp_to_a_drive_says_that_nothing_is_confirmed(store, tmp_path, capsys):
+    assert run(["store", "cp", store.url, str(tmp_path / "drive"), "--stage"]) == 0
+    assert "Handed over to the drive, not confirmed" in capsys.readouterr().err
+
+
+def test_cp_of_an_unknown_key_fails_with_those_there_are(store, tmp_path, capsys):
+    assert run(["store", "cp", store.url, str(tmp_path / "copy"), "no/such/1.q"]) == 1
+    assert TRAIN in capsys.readouterr().err
+    assert not (tmp_path / "copy").exists()
+
+
+def test_export_for_the_old_code_says_what_its_loader_wants(store, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(["store", "export", store.url, TRAIN, "--layout", "adeli", "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "dinov2_q_last/01/train.npy: 6x4x3 float32" in said.out
+    assert "clip_vit_512/" in said.err
+    assert np.load(out / "dinov2_q_last/01/synt.npy").shape == (2, 4, 3)
+    assert run(["store", "export", store.url, TRAIN, "--layout", "adeli", "--out", str(out), "--json"]) == 0
+    assert all(file["there"] for file in json.loads(capsys.readouterr().out)["files"])
+
+
+def test_export_of_many_as_plain_files(store, tmp_path, capsys):
+    assert run(["store", "export", store.url, "*/*/11.q", "--out", str(tmp_path / "out"), "--dtype", "stored"]) == 0
+    assert np.load(tmp_path / f"out/{TEST}.npy").dtype == np.float16
+
+
+def test_import_of_the_old_codes_files(store, tmp_path, capsys):
+    run(["store", "export", store.url, TRAIN, "--layout", "adeli", "--out", str(tmp_path / "out")])
+    again = str(tmp_path / "again")
+    folder = str(tmp_path / "out/dinov2_q_last/01")
+    assert run(["store", "import", again, folder, "--dtype", "float16"]) == 0
+    assert f"{TRAIN}: 6x4x3 float16" in capsys.readouterr().out
+    assert np.array_equal(open_store(again)[TEST][:], store[TEST][:])
+
+
+def test_import_of_one_file_and_of_one_file_an_image(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for n in range(3):
+        np.save(tmp_path / f"images/train-{n:04d}_nsd-{n + 5:05d}.npy", np.full((2, 2), n, np.float32))
+    np.save(tmp_path / "rows.npy", np.ones((3, 2), np.float32))
+    (tmp_path / "ids").write_text("a\nb\nc\n")
+    store = str(tmp_path / "s")
+    assert run(["store", "import", store, str(tmp_path / "images"), "--key", "s/net/1.q"]) == 0
+    ids = ["--ids", str(tmp_path / "ids"), "--json"]
+    capsys.readouterr()
+    assert run(["store", "import", store, str(tmp_path / "rows.npy"), "--key", "t/net/1.q", *ids]) == 0
+    assert json.loads(capsys.readouterr().out)["collections"][0]["shape"] == [3, 2]
+    opened = open_store(store)
+    assert opened["s/net/1.q"].ids == ["nsd-00005", "nsd-00006", "nsd-00007"]
+    assert opened["t/net/1.q"].ids == ["a", "b", "c"]
+
+
+def test_import_without_a_key_says_how_to_give_one(tmp_path, capsys):
+    np.save(tmp_path / "rows.npy", np.ones((3, 2), np.float32))
+    assert run(["store", "import", str(tmp_path / "s"), str(tmp_path / "rows.npy")]) == 2
+    assert "--key subj01-train/net/layer.facet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["cp", "export", "import"])
+def test_help_has_an_example(name, capsys):
+    assert run(["store", name, "--help"]) == 0
+    assert "Example: brainenc store" in capsys.readouterr().out
