@@ -80,8 +80,9 @@ def run_demo(config: DemoConfig, stage: Callable[[str], Stage]) -> DemoResult:
     started = time.monotonic()
     backbone = make_backbone(config)
     truth = make_subject(config, backbone, stage("subject"))
-    extract_features(config, backbone, stage("extract"))
-    val_perf = train_encoder(config, stage("train"))
+    extracted = extract_features(config, backbone, stage("extract"))
+    feature = extracted.keys[0].partition("/")[2]  # without the stimulus set; -1 has become a number
+    val_perf = train_encoder(config, feature, stage("train"))
     run = config.out / "run"
     return DemoResult(
         val_perf=val_perf, max_val_perf=truth.max_val_perf, run_folder=run, picture=draw(config, run),
@@ -138,7 +139,7 @@ def extract_features(config: DemoConfig, backbone: Path, shown: Stage) -> Extrac
         shown.close()
 
 
-def train_encoder(config: DemoConfig, shown: Stage) -> float:
+def train_encoder(config: DemoConfig, feature: str, shown: Stage) -> float:
     """Ray Train on the store; returns the best validation correlation."""
     from brainenc.train.launch import resume, train
 
@@ -147,7 +148,7 @@ def train_encoder(config: DemoConfig, shown: Stage) -> float:
         subject_dir=str(config.out / "data" / "subj01"),
         out=str(run),
         store=str(config.out / "store"),
-        features=(f"{SLUG}/{FEATURE}",),
+        features=(feature,),
         epochs=config.epochs,
         learning_rate=config.learning_rate,
         lr_drop=max(1, config.epochs // 2),
