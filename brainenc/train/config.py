@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import yaml
 
 from brainenc.errors import DataError, UsageError
+from brainenc.train.drills import Planned
 from brainenc.train.encoders.base import EncoderConfig
 
 VERSION = 1
@@ -134,6 +135,8 @@ class TrainConfig:
             raise UsageError(f"There is no precision {self.precision!r}. There is: float32, bfloat16.")
         if self.workers is not None:
             Workers.parse(self.workers)
+        for text in self.drill:
+            Planned.parse(text)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, ready for YAML and JSON."""

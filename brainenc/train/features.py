@@ -52,9 +52,8 @@ class RowLayout:
         Raises:
             UsageError: the row is neither a map of tokens nor one vector, or has no such part.
         """
-        shape, n_prefix = tuple(int(n) for n in row_shape), int(details.get("n_prefix") or 0)
-        grid = details.get("grid")
-        size = (int(grid[0]), int(grid[1])) if grid else _square(shape, n_prefix)
+        shape = tuple(int(n) for n in row_shape)
+        n_prefix, size = _grid(shape, details)
         if len(shape) not in (1, 2):
             raise UsageError(f"{name} has rows of shape {shape}; training takes (tokens, channels) or (channels,).")
         pooled = len(shape) == 1 or shape[0] == 1
@@ -80,12 +79,17 @@ class RowLayout:
         return tokens.mean(1, keepdim=True) if self.part == "mean" else tokens
 
 
-def _square(shape: tuple[int, ...], n_prefix: int) -> tuple[int, int] | None:
-    """Features made elsewhere may not say their grid; a square one is plain to see."""
-    if len(shape) != 2:
-        return None
-    side = round(max(0, shape[0] - n_prefix) ** 0.5)
-    return (side, side) if side * side + n_prefix == shape[0] else None
+def _grid(shape: tuple[int, ...], details: Mapping[str, Any]) -> tuple[int, tuple[int, int] | None]:
+    """Prefix tokens and grid. Features made elsewhere may not say them: a square is plain to see, and so is one + CLS."""
+    if grid := details.get("grid"):
+        return int(details.get("n_prefix") or 0), (int(grid[0]), int(grid[1]))
+    if len(shape) == 2:
+        given = details.get("n_prefix")
+        for n_prefix in (0, 1) if given is None else (int(given),):
+            side = round(max(0, shape[0] - n_prefix) ** 0.5)
+            if side and side * side + n_prefix == shape[0]:
+                return n_prefix, (side, side)
+    return int(details.get("n_prefix") or 0), None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,4 +133,4 @@ class FeatureLayout:
             tokens = torch.cat([p.expand(-1, n_tokens, -1) for p in parts], dim=-1)
         else:
             tokens = parts[0].expand(-1, n_tokens, -1)
-        return tokens.reshape(len(tokens), *self.grid, -1).permute(0, 3, 1, 2)
+        return tokens.reshape(len(tokens), *self.grid, tokens.shape[-1]).permute(0, 3, 1, 2)

@@ -20,6 +20,7 @@ from brainenc.errors import BrainencError, TrainingFailed, UsageError
 from brainenc.guard.messages import EXIT_STOPPED_SAFELY, NullGuard, Order, StepGuard
 from brainenc.train import orders, prepare
 from brainenc.train.config import TrainConfig, Workers
+from brainenc.train.drills import Drills, Planned
 from brainenc.train.inputs import OpenViews, StoredViews
 from brainenc.train.orders import WithOrders
 from brainenc.train.run_folder import RunFolder
@@ -204,14 +205,17 @@ def _alone(config: TrainConfig, views: OpenViews, progress: Progress, note: Note
 
     wanted = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     guard = SignalGuard()
+    around = Surroundings(
+        team=Solo(), device=torch.device(wanted), open_views=views, guard=guard, on_record=progress, on_note=note,
+        threads=config.threads, drill=_drills(config, guard, os.getpid()),
+    )  # fmt: skip
     with _signals(guard.take):
-        return work(
-            config,
-            Surroundings(
-                team=Solo(), device=torch.device(wanted), open_views=views, guard=guard, on_record=progress,
-                on_note=note, threads=config.threads,
-            ),
-        )  # fmt: skip
+        return work(config, around)
+
+
+def _drills(config: TrainConfig, guard: StepGuard, driver_pid: int) -> Drills:
+    planned = [Planned.parse(text) for text in config.drill]
+    return Drills(planned, marks=RunFolder(config.out).drill_marks, guard=guard, driver_pid=driver_pid)
 
 
 # ---------------------------------------------------------------------- on Ray's workers
@@ -269,7 +273,7 @@ def _with_ray(config: TrainConfig, workers: Workers, views: OpenViews, progress:
         number: Any = workers.low if workers.low == workers.high else (workers.low, workers.high)
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"config": config.to_dict(), "views": views},
+            train_loop_config={"config": config.to_dict(), "views": views, "driver_pid": os.getpid()},
             scaling_config=ScalingConfig(
                 num_workers=number,
                 use_gpu=gpu,
@@ -358,13 +362,12 @@ def _worker(given: dict[str, Any]) -> Any:
         guard = WithOrders(guard, RunFolder(config.out))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpu = torch.cuda.is_available() and config.device != "cpu"
-    return work(
-        config,
-        Surroundings(
-            team=team, device=ray.train.torch.get_device() if gpu else torch.device("cpu"), open_views=given["views"], guard=guard,
-            threads=config.threads or max(1, cores // context.get_local_world_size()),
-        ),
+    around = Surroundings(
+        team=team, device=ray.train.torch.get_device() if gpu else torch.device("cpu"), open_views=given["views"],
+        guard=guard, threads=config.threads or max(1, cores // context.get_local_world_size()),
+        drill=_drills(config, guard, given["driver_pid"]),
     )  # fmt: skip
+    return work(config, around)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ class RunFolder:
         self.split_file = self.path / "idxs.npy"
         self.ray = self.path / ".ray"
         self.snapshots = self.path / ".snapshots"
+        self.drill_marks = self.path / ".drills"
         self.log_file = self.path / "train.log"
         self.scores_file = self.path / "scores.json"
 

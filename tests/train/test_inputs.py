@@ -1,0 +1,113 @@
+"""What does not fit together is refused before anything starts, with what was found and what to do."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from brainenc.datasets import layout
+from brainenc.datasets.algonauts import Subject
+from brainenc.errors import DataError, KeyNotFound, UnknownName, UsageError
+from brainenc.featurestore.store import open_store
+from brainenc.train import prepare
+from brainenc.train.inputs import StoredViews, open_samples, read_split, split_samples
+from brainenc.train.launch import train
+
+
+def samples_of(config):
+    return open_samples(config, Subject.open(config.subject_dir), StoredViews(config))
+
+
+def test_features_are_matched_by_id_not_by_position(small, tmp_path):
+    """A store of other images too, in another order, serves the subject."""
+    config = small.config(tmp_path / "run")
+    plain = samples_of(config)
+    rng = np.random.default_rng(1)
+    ids = [f"nsd-{i:05d}" for i in rng.permutation(60)]
+    rows = rng.normal(size=(60, 17, 16)).astype(np.float16)
+    with open_store(tmp_path / "store", create=True).writer("all/tiny/1.q", ids=ids, row_shape=(17, 16)) as writer:
+        writer.append(rows)
+
+    found = samples_of(replace(config, store=str(tmp_path / "store"), stimuli="all", features=("tiny/1.q:cls",)))
+
+    assert found.ids == plain.ids
+    assert [ids[row] for row in found.feature_rows[0]] == plain.ids
+
+
+def test_images_without_features_are_counted_and_named(small, tmp_path):
+    config = small.config(tmp_path / "run", stimuli="subj01-test")
+
+    with pytest.raises(
+        DataError, match=r"45 of the 45 train images .* have no row in the feature 'tiny/1.q' \(5 rows\)"
+    ):
+        train(config)
+    assert not (tmp_path / "run").exists(), "nothing was started"
+
+
+def test_a_feature_that_is_not_there_names_those_that_are(small, tmp_path):
+    with pytest.raises(KeyNotFound, match="subj01-train/tiny/2.token"):
+        train(small.config(tmp_path / "run", features=("tiny/9.q",)))
+
+
+def test_no_feature_and_unknown_readouts_are_usage_errors(small, tmp_path):
+    with pytest.raises(UsageError, match="at least one --feature"):
+        train(small.config(tmp_path / "run", features=()))
+    with pytest.raises(UnknownName, match="rois_all"):
+        train(small.config(tmp_path / "run", encoder={"readout": "everything"}))
+
+
+def test_responses_that_are_nan_are_counted(small, tmp_path):
+    subject = tmp_path / "subj01"
+    shutil.copytree(small.subject_dir, subject)
+    file = subject / layout.responses_file("train", "rh")
+    broken = np.load(file)
+    broken[3, 4:6] = np.nan
+    np.save(file, broken)
+
+    with pytest.raises(DataError, match="NaN or infinite responses in 1 row and 2 vertices"):
+        train(small.config(tmp_path / "run", subject_dir=str(subject)))
+
+
+def test_rois_without_a_vertex_are_said_and_kept(small, tmp_path):
+    subject = tmp_path / "subj01"
+    shutil.copytree(small.subject_dir, subject)
+    for hemisphere in ("lh", "rh"):
+        file = subject / layout.mask_file(hemisphere, "floc-faces", "challenge")
+        labels = np.load(file)
+        labels[labels == 5] = 0
+        np.save(file, labels)
+    config, notes = small.config(tmp_path / "run", subject_dir=str(subject)), []
+
+    prepare.check(config, StoredViews(config), note=notes.append)
+
+    assert any("lh aTL-faces" in note and "rh aTL-faces" in note for note in notes)
+
+
+def test_the_split_is_nine_to_one_by_seed_and_can_be_given(small, tmp_path):
+    config = small.config(tmp_path / "run")
+    samples = samples_of(config)
+
+    train_rows, val_rows = split_samples(samples, read_split(config, 45))
+    np.save(tmp_path / "idxs.npy", np.arange(45))
+    given = split_samples(samples, read_split(replace(config, split=str(tmp_path / "idxs.npy")), 45))
+
+    assert (len(train_rows), len(val_rows)) == (40, 5)
+    assert sorted([*train_rows, *val_rows]) == list(range(45))
+    assert [rows.tolist() for rows in given] == [list(range(40)), list(range(40, 45))]
+
+
+@pytest.mark.parametrize("indices", [np.arange(44), np.zeros(45, int), np.arange(45)[:, None]])
+def test_a_split_of_other_images_is_refused(small, tmp_path, indices):
+    np.save(tmp_path / "idxs.npy", indices)
+
+    with pytest.raises(DataError, match="wanted each of the numbers 0 to 44 once"):
+        read_split(small.config(tmp_path / "run", split=str(tmp_path / "idxs.npy")), 45)
+
+
+def test_a_run_folder_that_holds_a_run_is_not_overwritten(small, tmp_path):
+    config = small.config(tmp_path / "run", epochs=1, predict=False)
+    train(config)
+
+    with pytest.raises(UsageError, match="holds a run already"):
+        train(config)
