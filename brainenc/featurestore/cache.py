@@ -109,14 +109,7 @@ class DiskCache:
         filling = entry.with_name(f"{entry.name}.{secrets.token_hex(4)}.filling")
         fd = self._reserve(filling, size)
         try:
-            for attempt in range(1, _TRIES + 1):
-                download(place, name, fd, size)
-                try:
-                    check(filling)
-                    break
-                except CorruptData:
-                    if attempt == _TRIES:
-                        raise
+            _download_checked(place, name, filling, fd, size, check)
             os.fsync(fd)  # a power cut must not leave a whole-looking file of zeros under its final name
             found = os.fstat(fd)
             os.replace(filling, entry)
@@ -217,3 +210,19 @@ def _abandoned(filling: Path) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def _download_checked(
+    place: Place, name: str, filling: Path, fd: int, size: int, check: Callable[[Path], None]
+) -> None:
+    problem: CorruptData | None = None
+    for _ in range(_TRIES):
+        download(place, name, fd, size)
+        try:
+            return check(filling)
+        except CorruptData as error:
+            problem = error
+    raise CorruptData(
+        f"{place.url}/{name} does not match its checksums, fetched {_TRIES} times ({problem}). Run `brainenc store "
+        "verify` and `brainenc store repair` there."
+    )
