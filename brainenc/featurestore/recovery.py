@@ -113,14 +113,17 @@ class Debris:
     why: str
 
 
-def debris(store: FeatureStore, *, grace_s: float = _GRACE_S) -> Iterator[Debris]:
+def debris(
+    store: FeatureStore, *, just_opened_s: float = _JUST_OPENED_S, grace_s: float = _GRACE_S
+) -> Iterator[Debris]:
     """What a store could do without: partials of dead writers and manifests long superseded.
 
     Args:
         store: the store.
-        grace_s: where locks are not seen by all writers, partials younger than this are left alone.
+        just_opened_s: how long a writer may take from making its partial to locking it.
+        grace_s: the same where locks are not seen by all writers, so that age alone tells.
     """
-    for path in dead_partials(store, grace_s=grace_s):
+    for path in dead_partials(store, just_opened_s=just_opened_s, grace_s=grace_s):
         yield Debris(name=str(path), bytes=path.stat().st_size, why="a writer died over it")
     if not store.place.can.fresh_listing:
         return  # a number that looks free would be taken again by a driver with an old listing

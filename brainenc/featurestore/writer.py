@@ -99,8 +99,8 @@ class ShardWriter:
         if content_hashes is not None and len(content_hashes) != len(self.rows):
             raise UsageError(f"{len(content_hashes)} content hashes for {len(self.rows)} rows of shard {self.shard}.")
         try:
-            receipt = self._finish(content_hashes)
-            return self._publish(self._path, receipt)
+            with full_disk_explained(self._path):
+                return self._publish(self._path, self._finish(content_hashes))
         finally:
             self.abort()
 
@@ -120,18 +120,18 @@ class ShardWriter:
         self.abort()
 
     def _open(self, partial: Path) -> int:
-        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
         size = len(self._head) + self._shape.data_bytes
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that this partial's writer lives
-            with full_disk_explained(partial, size):
+        with full_disk_explained(partial, size):
+            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that this partial's writer lives
                 _allocate(fd, size)
-            self._fd = fd
-            self._pwrite(memoryview(self._head), 0)
-        except BaseException:
-            os.close(fd)
-            partial.unlink(missing_ok=True)
-            raise
+                self._fd = fd
+                self._pwrite(memoryview(self._head), 0)
+            except BaseException:
+                os.close(fd)
+                partial.unlink(missing_ok=True)
+                raise
         return fd
 
     def _check(self, rows: np.ndarray, missing: Sequence[int]) -> None:

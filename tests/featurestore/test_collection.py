@@ -96,7 +96,7 @@ class TestShardWriter:
             writer.append(values(1))
 
     def test_there_is_no_shard_beyond_the_last(self, tmp_path):
-        with pytest.raises(UsageError, match="no shard 5.*5 shards"):
+        with pytest.raises(UsageError, match=r"no shard 5.*5 shards"):
             make_collection(tmp_path).shard_writer(5)
 
     def test_space_is_claimed_before_the_first_row(self, tmp_path):
@@ -148,7 +148,7 @@ class TestValues:
         rows[0, 7] = np.nan
         assert np.isnan(to_storage(rows, dtype).view(logical_dtype(dtype))[0, 7].astype(np.float32))
         rows[2, -1] = -np.inf
-        with pytest.raises(ValueNotStorable, match="row 2 holds -inf.*overflowed"):
+        with pytest.raises(ValueNotStorable, match=r"row 2 holds -inf.*overflowed"):
             to_storage(rows, dtype)
 
     def test_what_has_the_dtype_already_is_not_copied(self):

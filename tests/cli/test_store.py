@@ -1,0 +1,116 @@
+"""``brainenc store ...`` as a user meets it."""
+
+import json
+import os
+import time
+
+import pytest
+
+from brainenc.cli.main import run
+from brainenc.featurestore import open_store
+from tests.featurestore.making import KEY, fill, make_collection, values
+
+
+@pytest.fixture
+def store(tmp_path):
+    collection = make_collection(tmp_path / "store", details={"n_prefix": 1})
+    fill(collection, values(23))
+    collection.commit()
+    return tmp_path / "store"
+
+
+def damage(store):
+    path = store / KEY / "shard-00001.arrow"
+    raw = bytearray(path.read_bytes())
+    raw[700] ^= 1
+    path.write_bytes(raw)
+
+
+def test_ls_shows_what_there_is(store, capsys):
+    assert run(["store", "ls", str(store)]) == 0
+    line = capsys.readouterr().out
+    assert KEY in line
+    assert "23/23 rows" in line
+    assert "4x6" in line
+
+
+def test_ls_of_an_empty_store_says_so(tmp_path, capsys):
+    open_store(tmp_path, create=True)
+    assert run(["store", "ls", str(tmp_path)]) == 0
+    assert "no collections yet" in capsys.readouterr().out
+
+
+def test_ls_and_info_as_json(store, capsys):
+    assert run(["store", "ls", str(store), "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)["collections"]
+    assert run(["store", "info", str(store), KEY, "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert listed.items() <= info.items()
+    assert (info["rows_present"], info["shards_sealed"], info["details"]) == (23, 5, {"n_prefix": 1})
+    assert info["environments"] == [{"torch": "2", "shards": 5}]
+
+
+def test_info_warns_of_shards_from_different_environments(store, capsys):
+    open_store(store).collection(KEY).drop([0])
+    fill(open_store(store).collection(KEY), values(23), shards=[0], environment={"torch": "3"})
+    assert run(["store", "info", str(store), KEY]) == 0
+    out, err = capsys.readouterr()
+    assert "facet" in out
+    assert "different environments" in err
+
+
+def test_verify_names_the_bad_shard_repair_drops_it_verify_is_content(store, capsys):
+    assert run(["store", "verify", str(store)]) == 0
+    assert "all whole" in capsys.readouterr().out
+    damage(store)
+    assert run(["store", "verify", str(store), KEY]) == 1
+    assert f"BAD {KEY} shard 1" in capsys.readouterr().out
+    assert run(["store", "repair", str(store), "--dry-run"]) == 0
+    assert "Would drop 1 shards" in capsys.readouterr().out
+    assert run(["store", "verify", str(store), "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["findings"][0]["shard"] == 1
+    assert not result["whole"]
+    assert run(["store", "repair", str(store)]) == 0
+    assert "Dropped 1 shards" in capsys.readouterr().out
+    assert run(["store", "verify", str(store), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["whole"]
+    assert open_store(store).collection(KEY).sealed() == {0, 2, 3, 4}
+
+
+def test_repair_says_what_it_cannot_mend(store, capsys):
+    table = store / "subj01-train" / "stimuli.arrow"
+    table.write_bytes(table.read_bytes()[:-7])
+    assert run(["store", "repair", str(store)]) == 1
+    assert "Cannot be mended" in capsys.readouterr().err
+
+
+def test_gc_says_how_much(store, capsys):
+    partial = store / KEY / ".shard-00003.arrow.0123456789ab.partial"
+    partial.write_bytes(b"x" * 2_000_000)
+    os.utime(partial, (time.time() - 300,) * 2)
+    assert run(["store", "gc", str(store), "--dry-run"]) == 0
+    assert "Would remove 1 files, 2 MB" in capsys.readouterr().out
+    assert partial.exists()
+    assert run(["store", "gc", str(store), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == 2_000_000
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("command", [["ls"], ["info", "x", "y"], ["verify", "x"], ["repair", "x"], ["gc", "x"]])
+def test_every_command_explains_itself_with_an_example(command, capsys):
+    assert run(["store", command[0], "--help"]) == 0
+    assert f"Example: brainenc store {command[0]}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["ls", "verify", "repair", "gc"])
+def test_no_store_is_one_sentence_and_exit_code_1(tmp_path, capsys, command):
+    assert run(["store", command, str(tmp_path / "nowhere")]) == 1
+    err = capsys.readouterr().err
+    assert "no folder" in err
+    assert "Traceback" not in err
+
+
+def test_an_unknown_collection_is_answered_with_those_there_are(store, capsys):
+    assert run(["store", "info", str(store), "a/b/c.d"]) == 1
+    assert KEY in capsys.readouterr().err

@@ -1,0 +1,231 @@
+"""Verify finds, repair mends, gc tidies."""
+
+import fcntl
+import os
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from brainenc.errors import KeyNotFound
+from brainenc.featurestore import open_store
+from brainenc.featurestore.recovery import debris, gc, repair, verify
+from tests.featurestore.making import KEY, fill, make_collection, tree, values
+
+
+def whole(folder):
+    collection = make_collection(folder)
+    fill(collection, values(23))
+    collection.commit()
+    return open_store(folder)
+
+
+def flip(path, position, bit=0):
+    raw = bytearray(path.read_bytes())
+    raw[position] ^= 1 << bit
+    path.write_bytes(raw)
+
+
+def test_a_whole_store_has_no_findings_and_every_byte_was_read(tmp_path):
+    store, told = whole(tmp_path), []
+    result = verify(store, progress=lambda *at: told.append(at))
+    assert result.whole
+    assert result.shards == 5
+    assert result.bytes == sum(len(d) for n, d in tree(tmp_path).items() if n.endswith(".arrow") and "shard" in n)
+    assert told[-1] == (5, 5, result.bytes)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return whole(tmp_path_factory.mktemp("one"))
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(shard=st.integers(0, 4), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_bit_flipped_anywhere_in_a_shard_is_found(one, shard, where, bit):
+    path = one.place.root / KEY / f"shard-{shard:05d}.arrow"
+    position = int(where * path.stat().st_size)
+    flip(path, position, bit)
+    try:
+        assert [(f.shard, f.cure) for f in verify(one, [KEY]).findings] == [(shard, "drop")]
+    finally:
+        flip(path, position, bit)
+
+
+@settings(max_examples=80)
+@given(shard=st.integers(0, 4), where=st.floats(0, 1, exclude_max=True))
+def test_a_shard_cut_anywhere_is_found(one, shard, where):
+    path = one.place.root / KEY / f"shard-{shard:05d}.arrow"
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(where * len(raw))])
+    try:
+        assert [(f.shard, f.cure) for f in verify(one, [KEY]).findings] == [(shard, "drop")]
+    finally:
+        path.write_bytes(raw)
+
+
+@settings(max_examples=80)
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7),
+       name=st.sampled_from(["shard-00002.json", "manifest-000002.json", "manifest-000001.json"]))  # fmt: skip
+def test_a_bit_flipped_anywhere_in_a_document_is_found(one, where, bit, name):
+    path = one.place.root / KEY / name
+    position = int(where * (path.stat().st_size - 1))  # but for the newline at its end
+    flip(path, position, bit)
+    try:
+        findings = verify(one, [KEY]).findings
+        assert len(findings) == 1
+        assert findings[0].cure == ("receipt" if "shard" in name else "manifest")
+    finally:
+        flip(path, position, bit)
+
+
+DAMAGE = {
+    "flipped": lambda d: flip(d / "shard-00001.arrow", 700),
+    "cut": lambda d: os.truncate(d / "shard-00001.arrow", 300),
+    "empty": lambda d: os.truncate(d / "shard-00001.arrow", 0),
+    "gone": lambda d: (d / "shard-00001.arrow").unlink(),
+    "both gone": lambda d: [(d / name).unlink() for name in ("shard-00001.arrow", "shard-00001.json")],
+    "swapped": lambda d: (d / "shard-00001.arrow").write_bytes((d / "shard-00003.arrow").read_bytes()),
+    "receipt torn": lambda d: os.truncate(d / "shard-00001.json", 40),
+    "receipt gone": lambda d: (d / "shard-00001.json").unlink(),
+    "manifest torn": lambda d: os.truncate(d / "manifest-000002.json", 40),
+    "first manifest torn": lambda d: os.truncate(d / "manifest-000001.json", 0),
+    "all manifests torn": lambda d: [os.truncate(d / f"manifest-00000{n}.json", 9) for n in (1, 2)],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_after_repair_the_same_extraction_computes_just_what_was_lost(tmp_path, damage):
+    store = whole(tmp_path)
+    before = tree(tmp_path)
+    DAMAGE[damage](tmp_path / KEY)
+
+    found = verify(store).findings
+    assert found
+    assert {f.key for f in found} == {KEY}
+    assert repair(store, found) == []
+    assert verify(store).whole
+
+    collection, rows = make_collection(tmp_path), values(23)
+    lost = sorted(set(range(5)) - collection.sealed())
+    assert lost == ([1] if damage in ("flipped", "cut", "empty", "gone", "both gone", "swapped") else [])
+    if lost and damage != "both gone":
+        assert len(collection.manifest().shards) == 4
+    fill(collection, rows, shards=lost)
+    collection.commit()
+    assert verify(store).whole
+    after = tree(tmp_path)
+    assert {n: d for n, d in after.items() if "manifest" not in n} == {
+        n: d for n, d in before.items() if "manifest" not in n
+    }
+    np.testing.assert_array_equal(store[KEY][:], rows)
+
+
+def test_a_half_written_shard_without_receipt_is_dropped(tmp_path):
+    store = whole(tmp_path)
+    path = tmp_path / KEY / "shard-00001.arrow"
+    collection = store.collection(KEY)
+    collection.drop([1])
+    path.write_bytes(b"ARROW1\0\0 and then the light went out")
+    repair(store, verify(store).findings)
+    assert not path.exists()
+
+
+def test_a_shard_of_a_dead_writer_that_only_lacks_its_receipt_is_no_finding(tmp_path):
+    store = whole(tmp_path)
+    collection = store.collection(KEY)
+    collection.drop([1])
+    fill(collection, values(23), shards=[1])
+    (tmp_path / KEY / "shard-00001.json").unlink()
+    assert verify(store).whole
+    assert collection.sealed() == frozenset(range(5))
+
+
+def test_a_valid_shard_of_another_run_under_this_name_is_found(tmp_path):
+    """Whole by itself, with a receipt of its own: the manifest knows better, and the new one is committed."""
+    store = whole(tmp_path)
+    other = make_collection(tmp_path / "other")
+    fill(other, values(23, seed=9))
+    for suffix in ("arrow", "json"):
+        source = tmp_path / "other" / KEY / f"shard-00001.{suffix}"
+        (tmp_path / KEY / f"shard-00001.{suffix}").write_bytes(source.read_bytes())
+    findings = verify(store, [KEY]).findings
+    assert [(f.shard, f.cure) for f in findings] == [(1, "commit")]
+    repair(store, findings)
+    assert verify(store, [KEY]).whole
+
+
+def test_a_changed_stimulus_table_cannot_be_mended_and_is_said(tmp_path):
+    store = whole(tmp_path)
+    path = tmp_path / "subj01-train" / "stimuli.arrow"
+    path.write_bytes(path.read_bytes().replace(b"nsd-00003", b"nsd-00099"))
+    findings = verify(store).findings
+    assert [(f.key, f.cure) for f in findings] == [("subj01-train", "")]
+    assert repair(store, findings) == list(findings)
+
+
+def test_verify_wants_collections_that_are_there(tmp_path):
+    with pytest.raises(KeyNotFound):
+        verify(whole(tmp_path), ["a/b/c.d"])
+
+
+def test_verify_reads_the_disk_and_not_the_memory_of_it(tmp_path, monkeypatch):
+    store, advised = whole(tmp_path), []
+    real = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *call: (advised.append(call[3]), real(*call)))
+    verify(store)
+    assert advised.count(os.POSIX_FADV_DONTNEED) == 5
+
+
+class TestGc:
+    def test_partials_of_the_living_stay_those_of_the_dead_go(self, tmp_path):
+        store = whole(tmp_path)
+        before = tree(tmp_path)
+        collection = store.collection(KEY)
+        collection.drop([0])
+        dead = tmp_path / KEY / ".shard-00003.arrow.0123456789ab.partial"
+        dead.write_bytes(b"x" * 1000)
+        with collection.shard_writer(0) as writer:
+            living = writer._path
+            for path in (dead, living):
+                os.utime(path, (time.time() - 300,) * 2)
+            found = list(debris(store))
+            assert [(item.name, item.bytes) for item in found] == [(str(dead), 1000)]
+            assert gc(store, found) == 1000
+            assert living.exists()
+            writer.append(values(23)[:5])
+            writer.seal(content_hashes=list("01234"))
+        collection.commit()
+        assert {n for n in tree(tmp_path) if "manifest" not in n} == {n for n in before if "manifest" not in n}
+
+    def test_one_that_was_just_made_is_left_alone(self, tmp_path):
+        store = whole(tmp_path)
+        fresh = tmp_path / KEY / ".shard-00003.arrow.0123456789ab.partial"
+        fresh.touch()
+        assert list(debris(store)) == []
+        os.utime(fresh, (time.time() - 300,) * 2)
+        fd = os.open(fresh, os.O_RDONLY)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        assert list(debris(store)) == []
+        os.close(fd)
+        assert len(list(debris(store))) == 1
+
+    def test_manifests_long_superseded_go_the_first_and_the_newest_stay(self, tmp_path):
+        collection, rows = make_collection(tmp_path), values(23)
+        view = None
+        for shard in range(5):
+            fill(collection, rows, shards=[shard])
+            collection.commit()
+            view = view or collection.view()
+        store = open_store(tmp_path)
+        gc(store, list(debris(store)))
+        assert sorted(p.name[9:15] for p in (tmp_path / KEY).glob("manifest-*")) == [
+            "000001",
+            "000004",
+            "000005",
+            "000006",
+        ]
+        np.testing.assert_array_equal(store[KEY][:], rows)
+        np.testing.assert_array_equal(view[:5], rows[:5])
