@@ -39,7 +39,7 @@ class Subject:
         Raises:
             NotASubject: required parts are missing; the message lists them.
         """
-        found = _locate(Path(folder).expanduser().absolute())
+        found = locate(Path(folder).expanduser().absolute())
         if missing := missing_parts(found):
             listing = "; ".join(missing)
             raise NotASubject(
@@ -197,10 +197,18 @@ def missing_parts(folder: Path) -> list[str]:
     needed = [layout.responses_file("train", h) for h in HEMISPHERES]
     needed += [layout.mask_file(h, c, "challenge") for h in HEMISPHERES for c in ROI_CLASSES]
     needed += [layout.mapping_file(c) for c in ROI_CLASSES]
-    missing = [name for name in needed if not (folder / name).is_file()]
+    missing = _by_folder(folder, [name for name in needed if not (folder / name).is_file()])
     if not _list_images(folder / layout.images_dir("train")):
         missing.insert(0, f"{layout.images_dir('train')}/*.png")
     return missing
+
+
+def _by_folder(folder: Path, names: list[str]) -> list[str]:
+    """Names of files; where a whole folder is absent, its name instead."""
+    absent = {n: n.rpartition("/")[0] for n in names if not (folder / n).parent.is_dir()}
+    counts = Counter(absent.values())
+    whole = [f"{parent} (the folder, with {_count(n, 'file')})" for parent, n in counts.items()]
+    return whole + [name for name in names if name not in absent]
 
 
 def not_finite(array: npt.NDArray[Any]) -> tuple[int, int]:
@@ -222,7 +230,8 @@ def _not_finite_text(path: Path, rows: int, vertices: int) -> str:
     )
 
 
-def _locate(folder: Path) -> Path:
+def locate(folder: Path) -> Path:
+    """The folder itself, or the one subject folder in it if it is none and holds exactly one."""
     if (folder / "training_split").exists() or not folder.is_dir():
         return folder
     inside = [p for p in sorted(folder.iterdir()) if (p / "training_split").is_dir()]

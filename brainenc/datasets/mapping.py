@@ -1,13 +1,15 @@
 """``mapping_<class>.npy``: label -> ROI name, as a pickled dict in a 0-d object array, read without trusting it.
 
-The devkit's files can only be read with ``allow_pickle=True``, which runs whatever code a file brings. Here the
-pickle may name four things and nothing else: NumPy's array and scalar constructors, ``ndarray`` and ``dtype``.
+The devkit's files can only be read with ``allow_pickle=True``, which runs whatever code a file brings. Here a pickle
+may name NumPy's array and scalar constructors, ``ndarray``, ``dtype`` and bytes written as text, and nothing else.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import tokenize
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,16 +18,28 @@ import numpy as np
 
 from brainenc.errors import DataError
 
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """What ``_codecs.encode`` does in pickles of protocol 2, where bytes are written as text; no other codec."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the codec {encoding}")
+    return text.encode("latin1")
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _latin1,
     # The functions are asked for by what NumPy itself pickles, as their home moved between versions 1 and 2.
     **{(f"numpy.{c}.multiarray", "_reconstruct"): np.zeros(()).__reduce__()[0] for c in ("core", "_core")},
     **{(f"numpy.{c}.multiarray", "scalar"): np.int64(0).__reduce__()[0] for c in ("core", "_core")},
 }
 
 
-_TORN_OR_FOREIGN = (ValueError, TypeError, AttributeError, EOFError, LookupError, ArithmeticError, pickle.PickleError)
+_TORN_OR_FOREIGN = (
+    ValueError, TypeError, AttributeError, EOFError, LookupError, ArithmeticError, MemoryError, RuntimeError, SyntaxError,
+    tokenize.TokenError, pickle.PickleError,
+)  # fmt: skip
 """What NumPy's header reader and an unpickler raise over bytes that are not theirs."""
 
 
@@ -44,7 +58,7 @@ def read_mapping(path: Path) -> dict[int, str]:
         DataError: the file is no such mapping, or its pickle asks for anything but plain NumPy and Python values.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):  # NumPy's, about odd headers
             value = _read_object(file)
         return {int(label): str(name) for label, name in value.items()}
     except _TORN_OR_FOREIGN as error:

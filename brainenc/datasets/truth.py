@@ -44,8 +44,8 @@ class Plan:
     """ROIs' ceilings lie evenly in ``ceiling`` plus or minus this."""
     rank: int = 3
     """Latent values that a ROI reads out of its window."""
-    width: float = 0.06
-    """Standard deviation of a ROI's window, a fraction of the image's side (1.9 tokens of 31)."""
+    width: float = 0.1
+    """Standard deviation of a ROI's window, a fraction of the image's side (3.1 tokens of 31)."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """What the features are: backbone, weights hash, layer and facet. Recorded, and compared on a second call."""
 
