@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from brainenc.train.dropout import Keep
 from brainenc.train.products import times_transposed
-
-_LEVELS = 1 << 16
-"""Dropout draws 16 bits for a weight, four weights from one draw: seven times as fast as Bernoulli draws. The
-probability is rounded to 1 / 65,536, and what is kept is scaled by the probability as rounded."""
 
 
 class AbsorbedAttention(torch.autograd.Function):
@@ -33,28 +30,28 @@ class AbsorbedAttention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         n_batch, n_tokens, hidden = memory.shape
         rows, n_queries = moved.shape[1], moved.shape[1] // n_heads
-        ctx.n_heads, ctx.dtype = n_heads, dtype
+        ctx.n_heads, ctx.dtype, wide = n_heads, dtype, torch.promote_types(dtype, torch.float32)
         ctx.keep = Keep.draw(n_batch, rows * n_tokens, dropout) if dropout else None
         cast = moved.to(dtype)
         attended = memory.new_empty(n_batch, rows, n_tokens, dtype=dtype)
         summed = memory.new_empty(n_batch, rows, hidden, dtype=dtype) if weight is not None else None
-        totals = memory.new_ones(n_batch, n_heads, n_queries, 1)
+        totals = memory.new_ones(n_batch, n_heads, n_queries, 1, dtype=wide)
         out = memory.new_empty(n_batch, n_queries, n_heads, hidden // n_heads, dtype=dtype)
-        wide = None if weight is None else weight.to(dtype).transpose(1, 2).contiguous()
+        projection = None if weight is None else weight.to(dtype).transpose(1, 2).contiguous()
         for b in range(n_batch):
             values = memory[b].to(dtype)
             scores = times_transposed(cast[b if len(cast) > 1 else 0], (memory[b] + position).to(dtype))
-            weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+            weights = torch.softmax(scores, dim=-1, dtype=wide)
             attended[b] = weights
             if ctx.keep is not None:
                 ctx.keep.apply(b, weights)
                 totals[b] = weights.view(n_heads, n_queries, -1).sum(dim=-1, keepdim=True)
             weights = weights.to(dtype)
-            if wide is None or summed is None or bias is None:
+            if projection is None or summed is None or bias is None:
                 found = torch.bmm(weights.view(n_heads, n_queries, -1), _split(values, n_heads))
             else:
                 summed[b] = times_transposed(weights, values.t())
-                found = torch.bmm(summed[b].view(n_heads, n_queries, -1), wide)
+                found = torch.bmm(summed[b].view(n_heads, n_queries, -1), projection)
                 found += totals[b] * bias[:, None]
             out[b] = found.transpose(0, 1)
         ctx.save_for_backward(moved, memory, position, weight, bias, attended, summed, totals)
@@ -64,24 +61,24 @@ class AbsorbedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         moved, memory, position, weight, bias, attended, summed, totals = ctx.saved_tensors
-        n_heads, dtype = ctx.n_heads, ctx.dtype
+        n_heads, dtype, wide = ctx.n_heads, ctx.dtype, torch.promote_types(ctx.dtype, torch.float32)
         grad = grads[0].to(dtype).view(*grads[0].shape[:2], n_heads, -1).transpose(1, 2)  # (B, h, Q, d)
         cast, narrow = moved.to(dtype), None if weight is None else weight.to(dtype)
         d_moved = torch.zeros_like(moved)
-        d_weight = None if narrow is None else torch.zeros_like(narrow, dtype=torch.float32)
+        d_weight = None if narrow is None else torch.zeros_like(narrow, dtype=wide)
         d_memory = torch.empty_like(memory) if ctx.needs_input_grad[1] else None
         for b in range(len(memory)):
             at, values, part = (b if len(cast) > 1 else 0), memory[b].to(dtype), grad[b]
             seen = (memory[b] + position).to(dtype)
             d_summed = None
             if narrow is None or d_weight is None:
-                d_attended = torch.bmm(part, _split(values, n_heads).transpose(1, 2)).flatten(0, 1).float()
+                d_attended = torch.bmm(part, _split(values, n_heads).transpose(1, 2)).flatten(0, 1).to(wide)
             else:
                 d_summed = torch.bmm(part, narrow).flatten(0, 1)
                 d_weight += torch.bmm(part.transpose(1, 2), summed[b].view(*part.shape[:2], -1))
-                d_attended = times_transposed(d_summed, values).float()
+                d_attended = times_transposed(d_summed, values).to(wide)
                 if ctx.keep is not None:  # without dropout the weights sum to 1 whatever they are
-                    d_attended += torch.einsum("hqd,hd->hq", part.float(), bias).reshape(-1, 1)
+                    d_attended += torch.einsum("hqd,hd->hq", part.to(wide), bias).reshape(-1, 1)
             if ctx.keep is not None:
                 ctx.keep.apply(b, d_attended)
             d_scores = _through_softmax(d_attended, attended[b]).to(dtype)
@@ -89,32 +86,8 @@ class AbsorbedAttention(torch.autograd.Function):
             if d_memory is not None:
                 d_memory[b] = times_transposed(d_scores.t(), cast[at].t())
                 d_memory[b] += _to_values(ctx, b, attended[b], part, d_summed)
-        d_bias = None if bias is None else torch.einsum("bhqd,bhqi->hd", grad.float(), totals)
+        d_bias = None if bias is None else torch.einsum("bhqd,bhqi->hd", grad.to(wide), totals)
         return d_moved, d_memory, None, d_weight, d_bias, None, None, None
-
-
-class Keep:
-    """Which weights dropout keeps, drawn from torch's default generator.
-
-    Args:
-        kept: bool array of shape (B, n).
-        scale: what the kept ones are multiplied by.
-    """
-
-    def __init__(self, kept: Tensor, scale: float) -> None:
-        self.kept, self.scale = kept, scale
-
-    @classmethod
-    def draw(cls, n_batch: int, n: int, dropout: float) -> Keep:
-        """Draw for a batch of ``n_batch`` images with ``n`` weights each."""
-        dropped = min(max(round(dropout * _LEVELS), 1), _LEVELS - 1)
-        draws = torch.empty((n_batch * n + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        kept = draws.view(torch.int16)[: n_batch * n].view(n_batch, n) >= dropped - _LEVELS // 2
-        return cls(kept, _LEVELS / (_LEVELS - dropped))
-
-    def apply(self, b: int, weights: Tensor) -> None:
-        """Drop and scale the weights of image ``b``, in place."""
-        weights.mul_(self.kept[b].view_as(weights)).mul_(self.scale)
 
 
 def _split(values: Tensor, n_heads: int) -> Tensor:
@@ -130,7 +103,6 @@ def _through_softmax(grad: Tensor, weights: Tensor) -> Tensor:
 
 def _to_values(ctx: Any, b: int, weights: Tensor, part: Tensor, d_summed: Tensor | None) -> Tensor:
     """Gradient of the memory as values: (N, D)."""
-    weights = weights.float()
     if ctx.keep is not None:
         weights = weights.clone()
         ctx.keep.apply(b, weights)

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import once_differentiable
 
 from brainenc.datasets.rois import Bools, RoiQueries
+from brainenc.train.products import times_transposed
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,8 @@ class RoiReadout(QueryReadout):
         for row, group in zip(membership, self.groups, strict=True):
             row[list(group.queries)] = 1
         self.register_buffer("membership", membership, persistent=False)
+        self.bounds = [(g.start, g.stop) for g in self.groups]
+        self.counts = [float(len(g.queries)) for g in self.groups]
         with torch.no_grad():
             self.weight.copy_(self.weight[self.order].clone())
             self.bias.copy_(self.bias[self.order].clone())
@@ -105,10 +108,9 @@ class RoiReadout(QueryReadout):
         """(B, Q, D) -> (B, V), vertices in challenge order, float32."""
         with torch.autocast(tokens.device.type, enabled=False):  # bound by reading the weights: a cast would read twice
             sums = torch.einsum("gq,bqd->gbd", self.membership, tokens.float())
-            counts = self.membership.sum(dim=1)
-            bounds = [(g.start, g.stop) for g in self.groups]
-            out = GroupedLinear.apply(sums, counts, self.weight, self.bias, bounds)
-            return torch.index_select(out, 1, self.inverse)
+            groups = Groups(self.bounds, self.counts, self.order, self.inverse)
+            out: Tensor = GroupedLinear.apply(sums, self.weight, self.bias, groups)
+            return out
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -123,43 +125,53 @@ class RoiReadout(QueryReadout):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Which rows of sorted weights belong to each group, how often each row's bias counts, and the order of rows."""
+
+    bounds: Sequence[tuple[int, int]]
+    counts: Sequence[float]
+    order: Tensor
+    inverse: Tensor
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """Rows that belong to no group."""
+        starts, stops = [a for a, _ in self.bounds], [b for _, b in self.bounds]
+        return [(a, b) for a, b in zip([0, *stops], [*starts, len(self.order)], strict=True) if a < b]
+
+
 class GroupedLinear(torch.autograd.Function):
-    """One linear map per group of rows; the gradient of the weights is written once, in place, with no gathers."""
+    """One linear map per group of rows; the gradient of the weights is written once, in place, with no gathers.
+
+    Args of ``apply``: token sums (G, B, D), sorted weights (V, D), sorted biases (V,), groups -> (B, V), unsorted.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, sums: Tensor, counts: Tensor, weight: Tensor, bias: Tensor, bounds: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """Tokens (G, B, D), counts (G,), weights (V, D), biases (V,), and the rows of each group -> (B, V)."""
-        out = weight.new_empty(sums.shape[1], weight.shape[0])
-        for a, b in _gaps(bounds, len(weight)):
-            out[:, a:b] = 0
-        for total, count, (a, b) in zip(sums, counts, bounds, strict=True):
-            torch.addmm(bias[a:b] * count, total, weight[a:b].t(), out=out[:, a:b])
-        ctx.save_for_backward(sums, counts, weight)
-        ctx.bounds = bounds
-        return out
+    def forward(ctx: Any, sums: Tensor, weight: Tensor, bias: Tensor, groups: Groups) -> Tensor:
+        out = weight.new_empty(weight.shape[0], sums.shape[1])
+        for total, count, (a, b) in zip(sums, groups.counts, groups.bounds, strict=True):
+            torch.add(times_transposed(weight[a:b], total), bias[a:b, None], alpha=count, out=out[a:b])
+        for a, b in groups.gaps():
+            out[a:b] = 0
+        ctx.save_for_backward(sums, weight)
+        ctx.groups = groups
+        return out.index_select(0, groups.inverse).t().contiguous()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None]:
-        (grad,) = grads
-        sums, counts, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        sums, weight = ctx.saved_tensors
+        groups: Groups = ctx.groups
+        grad = grads[0].index_select(1, groups.order)
         d_sums, d_weight, d_bias = torch.empty_like(sums), torch.empty_like(weight), grad.sum(dim=0)
-        covered = torch.zeros_like(d_bias)
-        for a, b in _gaps(ctx.bounds, len(weight)):  # type: ignore[attr-defined]
-            d_weight[a:b] = 0
-        for i, (a, b) in enumerate(ctx.bounds):  # type: ignore[attr-defined]
+        for i, (a, b) in enumerate(groups.bounds):
             part = grad[:, a:b]
-            torch.mm(part, weight[a:b], out=d_sums[i])
-            torch.mm(part.t(), sums[i], out=d_weight[a:b])
-            covered[a:b] = counts[i]
-        return d_sums, None, d_weight, d_bias * covered, None
-
-
-def _gaps(bounds: Sequence[tuple[int, int]], n: int) -> list[tuple[int, int]]:
-    """The ranges of ``range(n)`` that sorted bounds leave out."""
-    starts, stops = [a for a, _ in bounds], [b for _, b in bounds]
-    return [(a, b) for a, b in zip([0, *stops], [*starts, n], strict=True) if a < b]
+            d_sums[i] = times_transposed(part, weight[a:b].t())
+            d_weight[a:b] = times_transposed(part.t(), sums[i].t())
+            d_bias[a:b] *= groups.counts[i]
+        for a, b in groups.gaps():
+            d_weight[a:b], d_bias[a:b] = 0, 0
+        return d_sums, d_weight, d_bias, None
 
 
 def build_readout(queries: RoiQueries, hemisphere: str, hidden: int) -> QueryReadout:

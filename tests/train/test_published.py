@@ -193,7 +193,7 @@ def test_a_torn_checkpoint_is_refused(fraction, case, tmp_path, subject):
     path = save(tmp_path, case)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
 
-    with pytest.raises(CheckpointUnusable, match="cannot be read|holds more"):
+    with pytest.raises(CheckpointUnusable, match=r"cannot be read|holds more"):
         load_published(path, subject)
 
 

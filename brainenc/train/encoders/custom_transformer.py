@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainenc.train.cross_attention import Projection, attend, attention_weights
+from brainenc.train.dropout import dropout
 from brainenc.train.encoders.base import EncoderConfig
 from brainenc.train.encoders.transformer import Decoder, FeedForward, TransformerEncoder, apply_linear
 
@@ -51,7 +51,7 @@ class CustomLayer(FeedForward):
     def forward(self, target: Tensor, query_embed: Tensor, memory: Tensor, position: Tensor) -> Tensor:
         """Target (B or 1, Q, D), query embedding (Q, D) -> the next target (B, Q, D)."""
         found = self.cross_attn(target + query_embed, memory, position)
-        target = F.dropout(found, self.dropout, self.training)
+        target = dropout(found, self.dropout, self.training)
         return target + self._feed(self.norm3(target))
 
     def weights(self, target: Tensor, query_embed: Tensor, memory: Tensor, position: Tensor) -> Tensor:

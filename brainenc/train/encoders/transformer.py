@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from brainenc.datasets.rois import RoiQueries
 from brainenc.errors import UsageError
 from brainenc.train.cross_attention import Projection, attend, attention_weights
+from brainenc.train.dropout import dropout
 from brainenc.train.encoders.base import EncoderConfig, QueryEncoder
 from brainenc.train.position import sine_position
 from brainenc.train.products import linear
@@ -59,8 +60,8 @@ class FeedForward(nn.Module):
     dropout: float
 
     def _feed(self, x: Tensor) -> Tensor:
-        inner = F.dropout(F.relu(apply_linear(self.linear1, x)), self.dropout, self.training)
-        return F.dropout(apply_linear(self.linear2, inner), self.dropout, self.training)
+        inner = dropout(F.relu(apply_linear(self.linear1, x)), self.dropout, self.training)
+        return dropout(apply_linear(self.linear2, inner), self.dropout, self.training)
 
 
 class DecoderLayer(FeedForward):
@@ -82,7 +83,7 @@ class DecoderLayer(FeedForward):
     def forward(self, target: Tensor, query_embed: Tensor, memory: Tensor, position: Tensor) -> Tensor:
         """Target (B or 1, Q, D), query embedding (Q, D) -> the next target (B, Q, D)."""
         found = self.multihead_attn(self.query(target, query_embed), memory, position)
-        found = F.dropout(found, self.dropout, self.training)
+        found = dropout(found, self.dropout, self.training)
         if self.prenorm:
             target = target + found
             return target + self._feed(self.norm3(target))
