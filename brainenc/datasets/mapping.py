@@ -37,8 +37,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 _TORN_OR_FOREIGN = (
-    ValueError, TypeError, AttributeError, EOFError, LookupError, ArithmeticError, MemoryError, RuntimeError, SyntaxError,
-    tokenize.TokenError, pickle.PickleError,
+    ValueError, TypeError, AttributeError, EOFError, LookupError, ArithmeticError, MemoryError, RuntimeError,
+    SyntaxError, tokenize.TokenError, pickle.PickleError,
 )  # fmt: skip
 """What NumPy's header reader and an unpickler raise over bytes that are not theirs."""
 
