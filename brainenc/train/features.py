@@ -80,7 +80,7 @@ class RowLayout:
 
 
 def _grid(shape: tuple[int, ...], details: Mapping[str, Any]) -> tuple[int, tuple[int, int] | None]:
-    """Prefix tokens and grid. Features made elsewhere may not say them: a square is plain to see, and so is one + CLS."""
+    """Prefix tokens and grid; of features made elsewhere, which may not say: a square, alone or with one CLS token."""
     if grid := details.get("grid"):
         return int(details.get("n_prefix") or 0), (int(grid[0]), int(grid[1]))
     if len(shape) == 2:
