@@ -87,15 +87,15 @@ def _move(query: Tensor, keys: Projection, n_heads: int) -> Tensor:
 
 
 def _scores(query: Tensor, memory: Tensor, position: Tensor, keys: Projection, n_heads: int) -> Tensor:
-    """(B, h, Q, N), float32."""
+    """(B, h, Q, N), float32 at least."""
     seen = memory + position.to(memory.dtype)
     if absorb_is_cheaper(query.shape[1], n_heads, query.shape[2]):
         moved = _move(query, keys, n_heads)
         scores = torch.matmul(moved.flatten(1, 2), seen.to(moved.dtype).transpose(1, 2))
-        return scores.view(len(seen), n_heads, -1, seen.shape[1]).float()
+        return _wide(scores.view(len(seen), n_heads, -1, seen.shape[1]))
     key = F.linear(seen, keys.weight, keys.bias)
     split = _heads((query * (query.shape[2] // n_heads) ** -0.5).to(key.dtype).expand(len(memory), -1, -1), n_heads)
-    return torch.einsum("bqhd,bnhd->bhqn", split, _heads(key, n_heads)).float()
+    return _wide(torch.einsum("bqhd,bnhd->bhqn", split, _heads(key, n_heads)))
 
 
 def _absorbed_values(weights: Tensor, memory: Tensor, values: Projection) -> Tensor:
@@ -109,3 +109,7 @@ def _absorbed_values(weights: Tensor, memory: Tensor, values: Projection) -> Ten
 
 def _heads(x: Tensor, n_heads: int) -> Tensor:
     return x.reshape(*x.shape[:-1], n_heads, -1)
+
+
+def _wide(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

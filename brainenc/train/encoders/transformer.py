@@ -125,7 +125,9 @@ class Decoder(nn.Module):
 
 
 class TransformerEncoder(QueryEncoder):
-    """The published transformer encoder (see `brainenc.train.encoders.base` for the arguments)."""
+    """The published transformer encoder (see `brainenc.train.encoders.base` for the arguments). It takes any grid."""
+
+    _position: Tensor
 
     def __init__(self, config: EncoderConfig, queries: RoiQueries, *, channels: int, grid: tuple[int, int]) -> None:
         super().__init__(config, queries, channels=channels, grid=grid)
@@ -134,9 +136,8 @@ class TransformerEncoder(QueryEncoder):
                 f"{self._n_heads()} heads do not divide a hidden width of {self.hidden}. Choose --hidden a multiple of "
                 f"the heads{'' if config.encoder == 'custom_transformer' else ', or other --n-heads'}."
             )
-        sine_position(
-            self.hidden, grid, config.temperature
-        )  # a width that it cannot have is refused now, not at step 1
+        position = sine_position(self.hidden, grid, config.temperature).clone()
+        self.register_buffer("_position", position, persistent=False)
         if self.hidden != channels:
             self.input_proj = nn.Conv2d(channels, self.hidden, kernel_size=1)
         self.transformer = nn.ModuleDict({"decoder": self._make_decoder()})
@@ -163,8 +164,9 @@ class TransformerEncoder(QueryEncoder):
     def _memory(self, features: Tensor) -> tuple[Tensor, Tensor]:
         self._check(features)
         h, w = features.shape[2:]
-        position = sine_position(self.hidden, (h, w), self.config.temperature).to(features.device)
-        return self._tokens(features), position
+        if (h, w) == self.grid:
+            return self._tokens(features), self._position
+        return self._tokens(features), sine_position(self.hidden, (h, w), self.config.temperature).to(features.device)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         memory, position = self._memory(features)
