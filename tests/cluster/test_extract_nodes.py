@@ -18,11 +18,9 @@ pytestmark = [pytest.mark.ray]
 
 
 def command(pictures: Path, store: Path, backbone: str) -> list[object]:
-    return [
-        "extract", "--images", pictures, "--store", store, "--backbone", backbone,
-        "--feature", "1.q", "--feature", "3.token", "--batch-size", 4, "--rows-per-shard", 8, "--actors", 2, "--threads", 1,
-        "--json",
-    ]  # fmt: skip
+    what = ["--images", pictures, "--store", store, "--backbone", backbone, "--feature", "1.q", "--feature", "3.token"]
+    how = ["--batch-size", 4, "--rows-per-shard", 8, "--actors", 2, "--threads", 1, "--json"]
+    return ["extract", *what, *how]
 
 
 def shards(store: Path) -> dict[str, bytes]:
