@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from brainenc.errors import StimuliChanged
+from brainenc.featurestore.collection import Collection
 from brainenc.featurestore.stimuli import StimulusSet
 
 _THREADS = 8  # reading and hashing wait for disks and networks, not for the processor
@@ -72,3 +74,23 @@ def refuse_changed(rows: Iterable[int], stored: StimulusSet, found: StimulusSet)
         f"{' ...' if len(rows) > 5 else ''}. A stimulus set never changes: put the old files back, or give the new set "
         "a name of its own with --stimuli NAME."
     )
+
+
+class KnownHashes:
+    """Row -> content hash, from the receipts of whichever collection has the row sealed; each receipt is read once."""
+
+    def __init__(self, collections: Sequence[Collection]) -> None:
+        self._collections = [(c, c.sealed()) for c in collections]
+        self._hashes = functools.lru_cache(maxsize=None)(self._read)
+
+    def __call__(self, row: int) -> str | None:
+        for n, (collection, sealed) in enumerate(self._collections):
+            shard = row // collection.rows_per_shard
+            if shard in sealed:
+                hashes = self._hashes(n, shard)
+                if hashes and hashes[row - shard * collection.rows_per_shard]:
+                    return hashes[row - shard * collection.rows_per_shard]
+        return None
+
+    def _read(self, n: int, shard: int) -> tuple[str, ...]:
+        return tuple(self._collections[n][0].receipt(shard).content_hashes or ())

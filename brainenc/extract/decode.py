@@ -49,16 +49,26 @@ class DecodeAhead:
             ahead: images that may be decoded, or in decoding, before they are asked for.
         """
         todo = iter(zip(rows, uris, strict=True))
-        waiting: deque[Future[Decoded]] = deque(
-            self._pool.submit(decode, *item) for item in islice(todo, max(1, ahead))
-        )
+        waiting: deque[tuple[tuple[int, str], Future[Decoded]]] = deque()
+
+        def fill() -> None:
+            for item in islice(todo, max(0, ahead - len(waiting))):
+                waiting.append((item, self._pool.submit(decode, *item)))
+
+        ahead = max(1, ahead)
+        fill()
         try:
             while waiting:
-                image = waiting.popleft().result()
-                waiting.extend(self._pool.submit(decode, *item) for item in islice(todo, 1))
+                item, future = waiting.popleft()
+                try:
+                    image = future.result()
+                except MemoryError:  # those decoded ahead are in the way: go on one by one
+                    ahead = 1
+                    image = decode(*item)
+                fill()
                 yield image
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from brainenc.errors import UsageError
 
-_LIBRARIES = ("torch", "transformers", "open_clip_torch", "timm", "torchvision", "pillow", "numpy")
+_LIBRARIES = ("transformers", "open_clip_torch", "timm", "torchvision", "pillow", "numpy")
 _NO_MEMORY = (
     "not enough memory",  # torch's CPU allocator raises a plain RuntimeError
     "can't allocate memory",
@@ -55,6 +55,7 @@ def environment(device: str, threads: int, micro_batch: int) -> dict[str, Any]:
         "threads": threads,
         "micro_batch": micro_batch,
         "brainenc": _version("brainenc"),
+        "torch": torch.__version__,
         **{name: version for name, version in versions.items() if version},
     }
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from brainenc.errors import BrainencError, ExtractionFailed, ShardSealed, StimuliChanged, ValueNotStorable
-from brainenc.extract.backbone import load_backbone
+from brainenc.extract.backbone import Backbone, load_backbone
+from brainenc.extract.changes import KnownHashes
 from brainenc.extract.config import ExtractJob
 from brainenc.extract.decode import DecodeAhead, Decoded, batches
 from brainenc.extract.devices import environment, is_out_of_memory, release_memory
@@ -42,6 +43,12 @@ class Sink:
 Sinks = Mapping[Feature, Sink]
 
 
+def load_for(job: ExtractJob) -> Backbone:
+    """The job's backbone on the job's device."""
+    backbone = load_backbone(job.backbone, slug=job.slug, size_policy=job.size_policy, image_size=job.image_size)
+    return backbone.to(job.device, job.compute)
+
+
 class Stopped(Exception):
     """Leaves a shard at a micro-batch boundary; never leaves this module."""
 
@@ -54,6 +61,7 @@ class Extractor:
         guard: asked at every micro-batch: an order to stop or to shrink is obeyed.
         should_stop: asked at every micro-batch as well.
         on_batch: told (images done so far, size of the next pass) before each forward pass.
+        backbone: instead of loading the job's.
     """
 
     def __init__(
@@ -63,14 +71,13 @@ class Extractor:
         guard: StepGuard | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         on_batch: Callable[[int, int], None] = lambda rows, size: None,
+        backbone: Backbone | None = None,
     ) -> None:
         self._job, self._guard = job, guard or NullGuard()
         self._should_stop, self._on_batch = should_stop, on_batch
         torch.set_num_threads(job.threads)  # explicit: equal bytes need an equal number of threads
         self._store = open_store(job.store, stage=job.stage)
-        self._backbone = load_backbone(
-            job.backbone, slug=job.slug, size_policy=job.size_policy, image_size=job.image_size
-        ).to(job.device, job.compute)
+        self._backbone = backbone or load_for(job)
         self._dtype: torch.dtype = getattr(torch, job.dtype)
         self._ahead = DecodeAhead(threads=job.decode_threads)
         self._ceiling: int | None = None
@@ -228,8 +235,9 @@ class Extractor:
         sibling = shard.task.sibling
         if sibling is None:
             return
-        before = self._store.collection(sibling).receipt(shard.task.shard).content_hashes or ()
-        pairs = zip(shard.task.uris, before, shard.hashes, strict=False)
+        known = KnownHashes([self._store.collection(sibling)])
+        before = [known(row) for row in range(shard.task.start, shard.task.stop)]
+        pairs = zip(shard.task.uris, before, shard.hashes, strict=True)
         changed = [uri for uri, old, new in pairs if old and new and old != new]
         if changed:
             raise StimuliChanged(

@@ -29,7 +29,7 @@ from brainenc.extract.config import ExtractConfig, ExtractProgress, ExtractSumma
 from brainenc.extract.estimate import plan_of
 from brainenc.extract.outcome import ShardOutcome
 from brainenc.extract.plan import ShardTask, check_space
-from brainenc.extract.prepare import Survey, create, survey
+from brainenc.extract.prepare import Survey, create, survey, tidy
 from brainenc.extract.progress import Meter
 from brainenc.extract.run import Run
 from brainenc.extract.scratch import scratch_folder
@@ -53,6 +53,7 @@ def extract(config: ExtractConfig, *, progress: Callable[[ExtractProgress], None
     """
     started = time.perf_counter()
     found = survey(config)
+    tidy(found)
     check_space(plan_of(found))
     run = Run(
         config=config, tasks=found.tasks, wanted=found.wanted, collections=create(found), started=started
@@ -60,6 +61,7 @@ def extract(config: ExtractConfig, *, progress: Callable[[ExtractProgress], None
     if run.tasks:
         with _ray(config, found), _signals(run):
             _drive(run, found, progress)
+        tidy(found)  # also what was too young at the start, and what a worker that died left now
     return run.finish()
 
 

@@ -59,7 +59,7 @@ class ShardTask:
     """(feature, key) of each."""
     uris: tuple[str, ...] = ()
     sibling: str | None = None
-    """A key whose shard of the same rows is sealed: its receipt says what the images were."""
+    """A key in which all these rows are sealed: its receipts say what the images were."""
 
     @property
     def name(self) -> str:
@@ -87,7 +87,23 @@ def choose_rows_per_shard(row_bytes: Iterable[int], micro_batch: int, shard_byte
     return max(1, min(fitting, MAX_ROWS_PER_SHARD) // micro_batch) * micro_batch
 
 
-def outstanding(wanted: Iterable[Wanted]) -> list[ShardTask]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Voucher:
+    """A collection whose receipts say what the images of its sealed rows were."""
+
+    key: str
+    stimuli: str
+    rows_per_shard: int
+    sealed: frozenset[int]
+
+    def vouches_for(self, rows: range) -> bool:
+        """Whether all these rows are sealed."""
+        return all(
+            s in self.sealed for s in range(rows.start // self.rows_per_shard, rows[-1] // self.rows_per_shard + 1)
+        )
+
+
+def outstanding(wanted: Iterable[Wanted], vouchers: Sequence[Voucher] = ()) -> list[ShardTask]:
     """What is left: one task for each range of rows, with all features that lack it.
 
     Features whose collections were created with other shard sizes or micro-batches cannot share a pass and get
@@ -102,11 +118,11 @@ def outstanding(wanted: Iterable[Wanted]) -> list[ShardTask]:
             lacking = tuple((w.feature, w.key) for w in members if shard not in w.sealed)
             if lacking:
                 rows = shard_rows(shard, per_shard, members[0].n_rows)
-                sibling = next((w.key for w in members if shard in w.sealed), None)
+                mine = (v for v in vouchers if v.stimuli == stimuli and v.vouches_for(rows))
                 tasks.append(
                     ShardTask(
                         stimuli=stimuli, shard=shard, start=rows.start, stop=rows.stop, micro_batch=micro_batch,
-                        features=lacking, sibling=sibling,
+                        features=lacking, sibling=next((v.key for v in mine), None),
                     )
                 )  # fmt: skip
     return tasks

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,21 +12,24 @@ from typing import Any
 
 from brainenc.errors import BadImages, NotAStore, ProvenanceMismatch
 from brainenc.extract.backbone import Backbone, load_backbone, parse_features
-from brainenc.extract.changes import changed_rows, refuse_changed, suspects
+from brainenc.extract.changes import KnownHashes, changed_rows, refuse_changed, suspects
 from brainenc.extract.config import MICRO_BATCH, ExtractConfig, ExtractJob
 from brainenc.extract.devices import device_count, resolve_device, usable_cores
 from brainenc.extract.features import Feature
 from brainenc.extract.images import open_image
-from brainenc.extract.plan import ShardTask, Wanted, choose_rows_per_shard, outstanding
+from brainenc.extract.plan import ShardTask, Voucher, Wanted, choose_rows_per_shard, outstanding
 from brainenc.extract.reading import content_hash, image_from_pixels, read_bytes, read_pixels
 from brainenc.extract.sources import list_sources
 from brainenc.featurestore.collection import Collection
 from brainenc.featurestore.dtypes import storage_dtype
+from brainenc.featurestore.recovery import dead_partials
 from brainenc.featurestore.stimuli import StimulusSet
 from brainenc.featurestore.store import FeatureStore, open_store
 
 _FIRST_IMAGES = 64
 """How many images are tried for one that can be read, when the size of a set's images is wanted."""
+_JUST_OPENED_S = 2.0
+"""A writer locks its partial microseconds after it made it; this long even where the machine hardly moves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +52,15 @@ class Survey:
     """Stimulus set -> (H, W) of its preprocessed images."""
     existing: frozenset[str]
     """Keys that the store has."""
+    vouchers: tuple[Voucher, ...]
+    """Collections of these stimulus sets, whatever they are made with."""
 
     @property
     def tasks(self) -> list[ShardTask]:
         """What is left, with the images of each shard."""
         return [
             replace(task, uris=tuple(s.uri for s in self.sets[task.stimuli][task.start : task.stop]))
-            for task in outstanding(self.wanted)
+            for task in outstanding(self.wanted, self.vouchers)
         ]
 
     @property
@@ -100,11 +104,13 @@ def survey(config: ExtractConfig) -> Survey:
         wanted += found
         identities |= {w.key: backbone.identity(Feature.parse(w.feature)) for w in found}
         details |= {w.key: _details(backbone, w, size) for w in found}
+    neighbours = [store.collection(k) for k in sorted(existing) if k.split("/")[0] in sets] if store else []
     threads = config.threads or max(1, usable_cores() // actors)
     return Survey(
         config=config, device=device, actors=actors, threads=threads,
         decode_threads=config.decode_threads or _decode_threads(device, actors), sets=sets, wanted=tuple(wanted),
         identities=identities, details=details, image_shapes=shapes, existing=existing,
+        vouchers=tuple(_voucher(neighbour) for neighbour in neighbours),
     )  # fmt: skip
 
 
@@ -116,6 +122,16 @@ def create(found: Survey) -> dict[str, Collection]:
         if name not in there:
             store.add_stimuli(stimuli)
     return {w.key: _create_collection(store, found, w) for w in found.wanted}
+
+
+def tidy(found: Survey) -> None:
+    """Remove what dead writers left half-written in the collections asked for: each is as large as a shard."""
+    store = _open(found.config)
+    if store is None:
+        return
+    for w in found.wanted:
+        for partial in dead_partials(store, f"{w.key}/", just_opened_s=_JUST_OPENED_S):
+            partial.unlink(missing_ok=True)
 
 
 def _create_collection(store: FeatureStore, found: Survey, w: Wanted) -> Collection:
@@ -217,24 +233,11 @@ def _compare_stimuli(store: FeatureStore, found: StimulusSet, existing: frozense
         refuse_changed(changed_rows(rows, stored, found, known, _hash_now), stored, found)
 
 
-class KnownHashes:
-    """Row -> content hash, from the receipts of whichever collection has the row sealed; each receipt is read once."""
-
-    def __init__(self, collections: Sequence[Collection]) -> None:
-        self._collections = [(c, c.sealed()) for c in collections]
-        self._hashes = functools.lru_cache(maxsize=None)(self._read)
-
-    def __call__(self, row: int) -> str | None:
-        for n, (collection, sealed) in enumerate(self._collections):
-            shard = row // collection.rows_per_shard
-            if shard in sealed:
-                hashes = self._hashes(n, shard)
-                if hashes and hashes[row - shard * collection.rows_per_shard]:
-                    return hashes[row - shard * collection.rows_per_shard]
-        return None
-
-    def _read(self, n: int, shard: int) -> tuple[str, ...]:
-        return tuple(self._collections[n][0].receipt(shard).content_hashes or ())
+def _voucher(collection: Collection) -> Voucher:
+    return Voucher(
+        key=collection.key, stimuli=collection.spec.stimuli, rows_per_shard=collection.rows_per_shard,
+        sealed=collection.sealed(),
+    )  # fmt: skip
 
 
 def _hash_now(uri: str) -> str:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from brainenc.errors import NoSpace
 from brainenc.extract.plan import (
     ExtractPlan,
+    Voucher,
     Wanted,
     check_space,
     choose_rows_per_shard,
@@ -67,12 +68,17 @@ def test_features_with_equal_shards_share_their_passes(found):
 
 
 def test_a_pass_computes_only_what_its_shard_lacks_and_knows_who_can_vouch_for_the_images():
-    (first, second) = outstanding([wanted("0.q", n_rows=32, sealed=[1]), wanted("1.q", n_rows=32)])
+    vouchers = [
+        Voucher(key="set/other/0.q", stimuli="set", rows_per_shard=4, sealed=frozenset(range(3))),
+        Voucher(key="set/mini/9.q", stimuli="set", rows_per_shard=8, sealed=frozenset((2, 3))),
+    ]
+
+    first, second = outstanding([wanted("0.q", n_rows=32, sealed=[1]), wanted("1.q", n_rows=32)], vouchers)
 
     assert first.features == (("0.q", "set/mini/0.q"), ("1.q", "set/mini/1.q"))
     assert first.sibling is None
     assert second.features == (("1.q", "set/mini/1.q"),)
-    assert second.sibling == "set/mini/0.q"
+    assert second.sibling == "set/mini/9.q"
 
 
 @given(st.lists(st.integers(1, 10**8), min_size=1, max_size=4), st.integers(1, 64), st.integers(1, 2**30))
