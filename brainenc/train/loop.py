@@ -164,7 +164,8 @@ class Fit:
                     batch = next(batches)
                     word = replace(word, waited=self._train.waited)
                 self._hooks.drill.at(step=self.position.step, rank=self._team.rank)
-                loss = self._stepper.local(batch, self.position.step)
+                with self._hooks.guard.computing():
+                    loss = self._stepper.local(batch, self.position.step)
                 word = replace(word, loss=loss, samples=batch.count)
                 if not math.isfinite(loss):
                     word = self._not_finite(word, loss, batch)
@@ -180,6 +181,8 @@ class Fit:
                 return ended
 
     def _word(self) -> Word:
+        if not self._broken:
+            self._failure = ""
         now = self._hooks.clock()
         first = self._team.rank == 0 and not self._saver.busy
         return Word(
@@ -196,7 +199,7 @@ class Fit:
         order = self._order
         if order is None:
             return word
-        if order.urgent and order.kind == "stop" and not self._on_the_spot and not self._broken:
+        if order.urgent and not self._on_the_spot and not self._broken:
             self._save_on_the_spot(order.reason)
         return replace(word, wish=max(word.wish, Wish[order.kind.upper()]))
 
@@ -255,12 +258,14 @@ class Fit:
     def _out_of_time(self, word: Word, stop: OutOfTime) -> Word:
         """The guard saw memory run out before the step would end: save first, then tell the others."""
         traceback.clear_frames(stop.__traceback__)
+        stop.__traceback__ = None
         self._stepper.relieve()
-        self._order = stop.order or self._order
-        self._failure = str(stop)
-        if not self._broken:
-            self._save_on_the_spot(str(stop))
-        return replace(word, trouble=max(word.trouble, Trouble.OUT_OF_MEMORY), wish=Wish.STOP)
+        self._order = stop.order or self._hooks.guard.pending() or self._order
+        self._failure = self._order.reason if self._order else str(stop)
+        if not self._on_the_spot and not self._broken:
+            self._save_on_the_spot(self._failure)
+        wish = Wish[self._order.kind.upper()] if self._order else Wish.STOP
+        return replace(word, trouble=max(word.trouble, Trouble.OUT_OF_MEMORY), wish=max(word.wish, wish))
 
     def _save_on_the_spot(self, reason: str) -> None:
         """Save the last finished step without waiting for anybody."""
@@ -282,7 +287,7 @@ class Fit:
             return self._end(verdict)
         if verdict.wish:
             self._emergency(verdict, self._reason(verdict))
-            self._order = None
+            self._order, self._on_the_spot = None, ""
         elif verdict.save:
             self._checkpoint()
         if verdict.shrink:
@@ -405,7 +410,8 @@ class Fit:
             try:
                 if batch is None:
                     batch = next(batches)
-                total, predicted = self._predict(batch)
+                with self._hooks.guard.computing():
+                    total, predicted = self._predict(batch)
                 word = replace(word, loss=total, samples=batch.count)
             except OutOfTime as stop:
                 word = self._out_of_time(word, stop)

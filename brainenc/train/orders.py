@@ -78,6 +78,10 @@ class WithOrders:
             self._order = None
         self._inner.saved(path=path, step=step, epoch=epoch, error=error)
 
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """Passed on."""
+        return self._inner.computing()
+
     def updating(self) -> contextlib.AbstractContextManager[None]:
         """Passed on."""
         return self._inner.updating()

@@ -1,11 +1,13 @@
 """Several ranks do what one does, and hear of one another's trouble at the same step."""
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from brainenc.errors import LossNotFinite, TrainingFailed
+from brainenc.guard.messages import Order, OutOfTime
 from brainenc.train.team import RankLost
 
 
@@ -228,3 +230,40 @@ def test_a_rank_that_vanishes_is_noticed_and_the_last_step_is_saved(small, tmp_p
         run_ranks(config, 2, lambda rank: {"drill": At(Vanishes(), step=3, rank=1)})
 
     assert (tmp_path / "run" / "checkpoints" / "emergency_epoch0_step3" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("kind", "status"), [("stop", "stopped"), ("shrink", "done")])
+def test_when_time_is_shorter_than_a_step_a_rank_saves_first_and_tells_then(
+    small, tmp_path, run_ranks, stop_at, losses, alone, kind, status
+):
+    """The guard interrupts rank 1 in its forward: the last finished step lies on disk before the ranks meet again."""
+    config = small.config(tmp_path / "run", dropout=0.0, epochs=4)
+    guards = [stop_at(10**9), stop_at(10**9, kind)]
+    emergency = tmp_path / "run" / "checkpoints" / "emergency_epoch0_step3"
+    order = Order(kind=kind, reason="filling at 13 GB/s", urgent=True)
+    was_there = []
+
+    @contextmanager
+    def interrupted():
+        yield
+        if guards[1].now == 3 and not guards[1].acks:
+            guards[1].pending = lambda: None if kind == "shrink" and guards[1].acks else order
+            raise OutOfTime
+
+    guards[1].computing = interrupted
+    plain = guards[1].saved
+
+    def saved(**fields):
+        was_there.append((emergency / "manifest.json").exists())
+        plain(**fields)
+
+    guards[1].saved = saved
+    outcomes = run_ranks(config, 2, lambda rank: {"guard": guards[rank]})
+
+    assert {o.status for o in outcomes} == {status}
+    assert was_there[0], "saved before the other rank was asked"
+    if kind == "stop":
+        assert {(o.position.step, o.reason) for o in outcomes} == {(3, "filling at 13 GB/s")}
+    else:
+        assert {o.position.micro_batch for o in outcomes} == {2}
+        assert losses(config.out) == pytest.approx(alone, rel=1e-5)

@@ -1,0 +1,179 @@
+"""Runs started as users start them: in this process, and on Ray's workers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brainenc.cli.main import run as brainenc
+from brainenc.errors import UsageError
+from brainenc.train.config import TrainConfig, Workers
+from brainenc.train.launch import ray_address, resume, train
+from brainenc.train.run_folder import RunFolder
+
+
+def test_a_run_leaves_what_it_promises(small, tmp_path):
+    """Configuration, split, records, checkpoints with pointers, scores, predictions; and progress comes as it goes."""
+    seen, out = [], tmp_path / "run"
+
+    result = train(small.config(out), progress=seen.append)
+
+    assert (result.status, result.exit_code, result.step) == ("done", 0, 10)
+    assert TrainConfig.from_yaml((out / "config.yaml").read_text()) == small.config(out)
+    indices = np.load(out / "idxs.npy")
+    assert sorted(indices) == list(range(45))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 11))
+    assert {"epoch", "step", "split", "loss", "lr", "grad_norm", "samples_per_s", "data_wait_share", "run"} <= set(
+        lines[0]
+    )
+    last = [line for line in lines if line["split"] == "val"][-1]
+    assert last["val_perf"] == pytest.approx((last["r_lh"] + last["r_rh"]) / 2)
+    assert {s["step"] for s in seen} == {line["step"] for line in lines}
+    assert json.loads((out / "checkpoints/last.json").read_text())["checkpoint"] == "epoch1_step10"
+    assert json.loads((out / "checkpoints/best.json").read_text())["val_perf"] == result.val_perf
+    for side, vertices in (("lh", 30), ("rh", 26)):
+        predicted = np.load(out / f"predictions/{side}_pred_test.npy")
+        assert (predicted.dtype, predicted.shape) == (np.float32, (5, vertices))
+        assert np.isfinite(predicted).all()
+    assert not (out / ".snapshots").exists()
+    assert "PPA" in json.loads((out / "scores.json").read_text())["rois"]["lh"]
+
+
+def test_evaluate_repeats_the_validation_and_predict_the_predictions(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    result = train(small.config(out))
+    predictions = np.load(out / "predictions/lh_pred_test.npy")
+
+    assert brainenc(["evaluate", str(out), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert brainenc(["predict", str(out), "--out", str(tmp_path / "again")]) == 0
+
+    assert table["val_perf"] == pytest.approx(result.val_perf, abs=1e-6)
+    assert (table["split"], table["n_images"]) == ("val", 5)
+    assert np.array_equal(np.load(tmp_path / "again/lh_pred_test.npy"), predictions)
+
+
+def test_a_resumed_run_may_not_become_another(small, tmp_path):
+    out = tmp_path / "run"
+    train(small.config(out, predict=False))
+
+    with pytest.raises(UsageError, match="batch_size: 8 in the run, 4 now"):
+        resume(out, {"batch_size": 4})
+    more = resume(out, {"epochs": 3})
+
+    assert (more.status, more.step) == ("done", 15)
+    assert RunFolder(out).config().epochs == 3
+
+
+def test_what_is_no_run_folder_is_said(tmp_path, capsys):
+    assert brainenc(["train", "--resume", str(tmp_path)]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
+def test_the_command_line_takes_the_published_flags_and_answers_with_todays(small, tmp_path, capsys):
+    code = brainenc([
+        "train", "--data_dir", str(small.subject_dir.parent), "--subj", "1", "--saved_feats_dir", str(small.store),
+        "--feature", "tiny/1.q", "--encoder_arch", "transformer", "--readout_res", "streams_inc", "--batch_size", "20",
+        "--output_dir", str(tmp_path / "run"), "--epochs", "1", "--heads", "2", "--workers", "0", "--json",
+    ])  # fmt: skip
+    out, err = capsys.readouterr()
+
+    assert code == 0, err
+    assert json.loads(out)["status"] == "done"
+    assert f"--subject-dir {small.subject_dir}" in err
+    assert "--readout streams_inc" in err
+    assert RunFolder(tmp_path / "run").config().batch_size == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "two"], "neither a number nor a range"),
+        (["--workers", "4:2"], "a range goes up"),
+        (["--drill", "flood@step=1"], "is no drill"),
+        (["--precision", "float8"], "Invalid value"),
+        (["--saved_feats", "vgg"], "There is no preset 'vgg'"),
+        (["--on-the-fly"], "--backbone"),
+    ],
+)
+def test_wrong_usage_exits_with_2(small, tmp_path, capsys, arguments, message):
+    given = [
+        "train",
+        "--subject-dir",
+        str(small.subject_dir),
+        "--out",
+        str(tmp_path / "run"),
+        "--store",
+        str(small.store),
+    ]
+
+    assert brainenc([*given, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_ray_client_address_is_refused(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+
+    with pytest.raises(UsageError, match="ray job submit"):
+        ray_address(small.config(tmp_path / "run"))
+
+
+def test_without_an_address_ray_is_our_own(small, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    assert ray_address(small.config(tmp_path / "run")) == "local"
+    assert Workers.parse("1:4") == Workers(low=1, high=4)
+
+
+def test_sigterm_saves_and_exits_75_and_resume_goes_on(small, tmp_path):
+    """A process of its own, as Slurm or a person would end it."""
+    out = tmp_path / "run"
+    arguments = [
+        "train", "--subject-dir", str(small.subject_dir), "--store", str(small.store), "--feature", "tiny/1.q",
+        "--heads", "2", "--out", str(out), "--workers", "0", "--epochs", "100000", "--no-predict",
+    ]  # fmt: skip
+    program = f"import sys; sys.path[:0] = {sys.path!r}; from brainenc.cli.main import main; main({arguments!r})"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    watcher = threading.Timer(90, process.kill)
+    watcher.start()
+    while process.poll() is None and not (out / "checkpoints/last.json").exists():
+        time.sleep(0.05)
+
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate()
+    watcher.cancel()
+
+    assert process.returncode == 75
+    assert f"brainenc train --resume {out}" in text
+    emergency = [p.name for p in (out / "checkpoints").iterdir() if p.name.startswith("emergency_")]
+    assert len(emergency) == 1
+    step = int(emergency[0].rpartition("step")[2])
+    assert resume(out, {"epochs": step // 5 + 1}).status == "done"
+
+
+@pytest.mark.ray
+def test_two_workers_of_ray_survive_a_kill_and_end_where_one_ends(small, tmp_path, ray_session, losses):
+    """SIGKILL to rank 1 in step 7: the run restarts by itself, and the losses are those of one undisturbed worker."""
+    one, two = (small.config(tmp_path / name, dropout=0.0) for name in ("one", "two"))
+    train(one)
+    seen = []
+    two = TrainConfig.from_dict({**two.to_dict(), "workers": "2", "drill": ["kill@step=6,rank=1"]})
+
+    result = train(two, progress=seen.append)
+
+    assert result.status == "done", result.reason
+    assert losses(Path(two.out)) == pytest.approx(losses(Path(one.out)), rel=1e-5)
+    assert {s["step"] for s in seen if s["split"] == "train"} == set(range(1, 11))
+    runs = {r["step"]: r["run"] for r in RunFolder(two.out).metrics()}
+    assert runs[1] == 0
+    assert runs[10] == 1
+    assert (tmp_path / "two/.ray").is_dir()
+    assert os.environ.get("RAY_ADDRESS") is None
