@@ -132,7 +132,7 @@ class Preprocessing:
         return image if image.size == (width, height) else image.resize((width, height), how)
 
     def _normalise(self, image: Image.Image) -> torch.Tensor:
-        planes = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+        planes = np.array(np.asarray(image).transpose(2, 0, 1), order="C")  # a copy of our own, in planes
         pixels = torch.from_numpy(planes).to(torch.float32).div_(255)
         mean, std = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.mean, self.std))
         return pixels.sub_(mean).div_(std)
