@@ -257,6 +257,8 @@ class MemoryGuard:
             return
         if self._level != "critical":
             self._order, self._overdue = None, False  # memory went down again before anything was done
+            if time.monotonic() - self._shrunk_at >= self._config.dwell_s:
+                self._shrunk_at = float("-inf")  # the shrink has helped: another day it may be tried again
             return
         if self._order is None and self._hearing is not None:  # a boundary that does not come in time is not waited for
             self._hearing.tell(wake_after=2 * self._place.step_s + 0.05)

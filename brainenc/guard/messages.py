@@ -14,6 +14,9 @@ from typing import Any, Literal, Protocol
 EXIT_STOPPED_SAFELY = 75
 """``EX_TEMPFAIL``: saved, stopped, and resumable by the same command."""
 
+STRENGTH: dict[str, int] = {"checkpoint": 0, "shrink": 1, "stop": 2}
+"""Of two orders the stronger counts."""
+
 OrderKind = Literal["stop", "shrink", "checkpoint"]
 Level = Literal["ok", "warn", "critical"]
 
@@ -32,6 +35,9 @@ class Order:
     """Names the order in acknowledgements; of two orders with one id, the second is the first again."""
     urgent: bool = False
     """Time is shorter than a step: save the last finished step where you are."""
+    step: int = -1
+    """Last finished step of whoever asked: an order to shrink or to checkpoint is done with once a later or equal step
+    was saved, so that ranks which have acted together on one's word do not act again on the coordinator's."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -74,7 +80,6 @@ class WorkerReport:
     level: Level = "ok"
     reason: str = ""
     numbers: Mapping[str, Any] = field(default_factory=dict)
-    can_shrink: bool = False
     order: Order | None = None
     """The order this worker is obeying, its own or the coordinator's: a new coordinator learns it from here."""
     ack: CheckpointAck | None = None
@@ -87,7 +92,7 @@ class OutOfTime(BaseException):
     """Raised in the training thread when memory runs out before the step would end.
 
     Not an :class:`Exception`, so that no loop swallows it by accident: whoever catches it saves the last finished
-    step, acknowledges through ``guard.saved`` and returns. Never raised inside ``guard.updating()``.
+    step, acknowledges through ``guard.saved`` and returns. Raised only inside ``guard.computing()``.
 
     Args:
         order: what to do and why.
@@ -128,8 +133,13 @@ class StepGuard(Protocol):
         """A checkpoint is durable at ``path``; or, with ``error``, could not be saved."""
         ...
 
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """Around the work that can be broken off without harm (forward, backward): only inside it is
+        :class:`OutOfTime` raised, and never after it was left."""
+        ...
+
     def updating(self) -> contextlib.AbstractContextManager[None]:
-        """Around ``optimizer.step()``: nobody saves on the spot, and :class:`OutOfTime` is not raised, while inside."""
+        """Around ``optimizer.step()``: nobody saves on the spot while inside."""
         ...
 
 
@@ -148,6 +158,10 @@ class NullGuard:
 
     def saved(self, *, path: str, step: int, epoch: int, error: str = "") -> None:
         """Heard by nobody."""
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """Never interrupted."""
+        return contextlib.nullcontext()
 
     def updating(self) -> contextlib.AbstractContextManager[None]:
         """Nothing to hold back."""

@@ -37,11 +37,12 @@ class Nvml:
 
     Args:
         library: the loaded driver library; None looks for it.
-        uuids: only these (``GPU-...`` or ``MIG-...``); empty means all.
+        uuids: only these (``GPU-...`` or ``MIG-...``); None means all of the machine.
     """
 
-    def __init__(self, library: Any = None, uuids: Sequence[str] = ()) -> None:
-        self._library = library if library is not None else _load()
+    def __init__(self, library: Any = None, uuids: Sequence[str] | None = None) -> None:
+        none_wanted = uuids is not None and len(uuids) == 0
+        self._library: Any = library if library is not None or none_wanted else _load()
         self._devices: list[tuple[str, str, ctypes.c_void_p]] = []
         if self._library is not None and self._library.nvmlInit_v2() == 0:
             self._devices = [d for d in map(self._device, self._handles(uuids)) if d is not None]
@@ -59,9 +60,9 @@ class Nvml:
                 found.append(GpuUse(uuid, name, memory.used, memory.total, (slack or {}).get(uuid, 0)))
         return found
 
-    def _handles(self, uuids: Sequence[str]) -> list[ctypes.c_void_p]:
+    def _handles(self, uuids: Sequence[str] | None) -> list[ctypes.c_void_p]:
         handles = []
-        if uuids:
+        if uuids is not None:
             for uuid in uuids:
                 handle = ctypes.c_void_p()
                 if self._library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) == 0:

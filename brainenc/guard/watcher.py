@@ -39,8 +39,8 @@ class WatcherSettings:
     policy: dict[str, float] = field(default_factory=dict)
     """Fields of :class:`~brainenc.guard.policy.PolicyConfig` other than the thresholds."""
     timing: Timing = field(default_factory=Timing)
-    uuids: Sequence[str] = ()
-    """GPUs to look at; empty means all of the machine."""
+    uuids: Sequence[str] | None = ()
+    """GPUs to look at: none by default, as others may fill those that this process does not use; None means all."""
     disks: Sequence[str] = ()
     by_signal: bool = False
     """Wake this process's main thread by a signal; else only through the pipe."""
@@ -118,7 +118,8 @@ class Watcher:
         settings = {
             "parent": os.getpid(), "signal": number, "thresholds": asdict(self._settings.thresholds),
             "policy": self._settings.policy, "timing": self._settings.timing._asdict(),
-            "uuids": list(self._settings.uuids), "disks": [str(d) for d in self._settings.disks],
+            "uuids": None if self._settings.uuids is None else list(self._settings.uuids),
+            "disks": [str(d) for d in self._settings.disks],
         }  # fmt: skip
         # -S -s -E: no site-packages, whose start-up files cost more time and memory than everything else here.
         # Elsewhere than on Linux psutil is needed, which lies there.

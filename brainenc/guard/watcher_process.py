@@ -162,7 +162,7 @@ def main(settings: dict[str, Any]) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     policy = Policy(PolicyConfig(thresholds=Thresholds(**settings["thresholds"]), **settings.get("policy", {})))
-    probe = Probe(disks=settings.get("disks", ()), pid=parent, nvml=Nvml(uuids=settings.get("uuids", ())))
+    probe = Probe(disks=settings.get("disks", ()), pid=parent, nvml=Nvml(uuids=settings["uuids"]))
     outbox = Outbox(1)
     lookout = Lookout(probe, policy, outbox.send, _waker(parent, number))
     lookout.hear({"timing": settings["timing"]} if "timing" in settings else {}, 0.0)

@@ -114,6 +114,7 @@ def test_gpus_are_read_over_all_processes():
 
 def test_only_the_devices_of_this_process_are_read():
     assert [gpu.uuid for gpu in Nvml(FakeNvml(), uuids=["GPU-2", "GPU-9"]).look()] == ["GPU-2"]
+    assert Nvml(FakeNvml(), uuids=[]).look() == []
 
 
 def test_a_gpu_that_stops_answering_is_left_out():

@@ -1,0 +1,267 @@
+"""The coordinator of one run: hears every worker, orders the emergency checkpoint, collects answers, keeps the account.
+
+A plain class: time is passed in, nothing is read or sent. It runs in an actor beside the driver (``actors.py``), or in
+the training process itself when there is one worker. Reports are states, not events: any of them may be lost, late or
+heard twice, and a new coordinator that knows nothing learns what is going on from the next ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from brainenc.guard.incident import Incident
+from brainenc.guard.messages import STRENGTH, CheckpointAck, Order, OrderKind, WorkerReport
+
+Record = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CoordinatorConfig:
+    """How a run is coordinated. Seconds."""
+
+    on_critical: Literal["stop", "shrink"] = "shrink"
+    silent_after_s: float = 3.0
+    """A worker that was not heard for so long is not waited for."""
+    deadline_s: float = 60.0
+    """An incident is over by then, whatever is missing."""
+    dwell_s: float = 5.0
+    """Still critical so long after a shrink means stop."""
+    reading_every_s: float = 10.0
+    """Of each worker, one reading in so many seconds is kept in the record."""
+
+
+@dataclass(slots=True)
+class _Known:
+    report: WorkerReport
+    heard_at: float
+    recorded_at: float = float("-inf")
+
+
+class Coordinator:
+    """The state machine: watching, collecting (an order is out), stopped.
+
+    Args:
+        config: how.
+        record: takes each line for ``guard.jsonl``.
+        first_incident: number of the first incident; a restarted coordinator goes on counting.
+    """
+
+    def __init__(
+        self, config: CoordinatorConfig | None = None, record: Record = lambda line: None, first_incident: int = 1
+    ) -> None:
+        self.config = config or CoordinatorConfig()
+        self._record, self._number = record, first_incident
+        self._workers: dict[str, _Known] = {}
+        self.incidents: list[Incident] = []
+        self._done: set[str] = set()
+        self._shrunk_at: dict[str, float] = {}
+        self._final: Order | None = None
+
+    # ---- what comes in
+
+    def report(self, report: WorkerReport, now: float) -> Order | None:
+        """Hear a worker; returns what it should be doing, None when nothing."""
+        known = self._workers.get(report.worker)
+        if known is not None and _same_life(known.report, report) and report.seq <= known.report.seq:
+            return self._answer(known.report)  # overtaken by a later one
+        self._hear(report, known, now)
+        if report.order is not None and report.order.id not in self._done:
+            self._adopt(report.order, report, now)
+        elif report.level == "critical" and not report.leaving:
+            self._critical(report, now)
+        if report.ack is not None:
+            self._acknowledge(report.ack, now)
+        self._forget_shrink(_scope(report), now)
+        self.tick(now)
+        return self._answer(report)
+
+    def trip(self, kind: OrderKind, reason: str, now: float, numbers: dict[str, Any] | None = None) -> Order:
+        """Somebody else asks: a signal to the driver, a drain notice, a person, a time limit."""
+        step = max((k.report.step for k in self._workers.values() if k.report.role == "train"), default=-1)
+        order = Order(kind=kind, reason=reason, numbers=numbers or {}, id=f"c{self._number}-{kind}", step=step)
+        return self._raise(order, now).order
+
+    def tick(self, now: float) -> None:
+        """Let time pass: notice the silent, close what is complete or overdue."""
+        incident = self.open_incident
+        if incident is None:
+            return
+        waiting = []
+        for name, known in self._workers.items():
+            if name in incident.acks or not self._concerns(incident, known.report):
+                continue
+            if known.report.leaving or now - known.heard_at >= self.config.silent_after_s:
+                if name not in incident.dead:
+                    incident.dead.append(name)
+                continue
+            if name in incident.dead:
+                incident.dead.remove(name)  # it was only slow
+            waiting.append(name)
+        if now >= incident.deadline_at:
+            self._close(incident, now, late=True)
+        elif not waiting:
+            self._close(incident, now, late=False)
+
+    # ---- what is known
+
+    @property
+    def open_incident(self) -> Incident | None:
+        """The one that is going on."""
+        last = self.incidents[-1] if self.incidents else None
+        return last if last is not None and last.outcome == "open" else None
+
+    @property
+    def state(self) -> Literal["watching", "collecting", "stopped"]:
+        """What the coordinator is doing."""
+        if self.open_incident is not None:
+            return "collecting"
+        return "stopped" if self._final is not None else "watching"
+
+    def status(self, now: float) -> dict[str, Any]:
+        """Everything for ``brainenc guard status`` and ``watch``."""
+        return {
+            "state": self.state,
+            "workers": {
+                name: {
+                    "role": k.report.role, "node": k.report.node, "pid": k.report.pid, "epoch": k.report.epoch,
+                    "step": k.report.step, "level": k.report.level, "silent_s": round(now - k.heard_at, 3),
+                    "leaving": k.report.leaving, "numbers": dict(k.report.numbers),
+                }
+                for name, k in sorted(self._workers.items())
+            },
+            "incidents": [incident.to_dict() for incident in self.incidents],
+        }  # fmt: skip
+
+    # ---- inside
+
+    def _hear(self, report: WorkerReport, known: _Known | None, now: float) -> None:
+        recorded = known.recorded_at if known else float("-inf")
+        changed = known is None or known.report.level != report.level or known.report.leaving != report.leaving
+        if changed or now - recorded >= self.config.reading_every_s:
+            recorded = now
+            kind = "warning" if changed and report.level != "ok" else "reading"
+            self._record({
+                "kind": kind, "at": now, "worker": report.worker, "node": report.node, "pid": report.pid,
+                "epoch": report.epoch, "step": report.step, "level": report.level, "reason": report.reason,
+                "leaving": report.leaving, "numbers": dict(report.numbers),
+            })  # fmt: skip
+        self._workers[report.worker] = _Known(report, now, recorded)
+
+    def _critical(self, report: WorkerReport, now: float) -> None:
+        incident = self.open_incident
+        if incident is not None:
+            incident.add_cause(report, now)
+            return
+        if self._final is not None:
+            return
+        kind = self._escalated(report, now)
+        if kind is not None:
+            order = Order(
+                kind=kind, reason=report.reason, numbers=report.numbers, id=f"c{self._number}-{kind}", step=report.step
+            )
+            self._raise(order, now).add_cause(report, now)
+
+    def _escalated(self, report: WorkerReport, now: float) -> OrderKind | None:
+        """Shrink first; still critical one dwell later means stop; in between, wait."""
+        shrunk = self._shrunk_at.get(_scope(report))
+        if self.config.on_critical == "stop":
+            return "stop"
+        if shrunk is None:
+            return "shrink"
+        return "stop" if now - shrunk >= self.config.dwell_s else None
+
+    def _forget_shrink(self, scope: str, now: float) -> None:
+        """The shrink has helped: if memory gets short again one day, shrinking is tried again."""
+        shrunk = self._shrunk_at.get(scope)
+        if shrunk is None or now - shrunk < self.config.dwell_s:
+            return
+        if all(k.report.level != "critical" for k in self._workers.values() if _scope(k.report) == scope):
+            del self._shrunk_at[scope]
+
+    def _adopt(self, order: Order, report: WorkerReport, now: float) -> None:
+        """A worker obeys an order of its own, or one of a coordinator that died: it becomes everybody's."""
+        self._raise(order, now).add_cause(report, now)
+
+    def _raise(self, order: Order, now: float) -> Incident:
+        """Open an incident with this order, or make the open one stronger."""
+        order = replace(order, urgent=False)  # only the one in trouble is short of time
+        incident = self.open_incident
+        if incident is not None:
+            if STRENGTH[order.kind] > STRENGTH[incident.order.kind]:
+                self._done.add(incident.order.id)
+                incident.order = order
+                incident.acks.clear()  # what was saved for the weaker order is older than what the stop will save
+                self._record(
+                    {"kind": "order", "at": now, "incident": incident.number, **order.to_dict(), "order": order.kind}
+                )
+            elif order.id != incident.order.id:
+                self._done.add(order.id)
+            return incident
+        incident = Incident(number=self._number, order=order, opened_at=now, deadline_at=now + self.config.deadline_s)
+        self._number += 1
+        self.incidents.append(incident)
+        if order.kind == "stop":
+            self._final = order
+        self._record({"kind": "order", "at": now, "incident": incident.number, **order.to_dict(), "order": order.kind})
+        return incident
+
+    def _acknowledge(self, ack: CheckpointAck, now: float) -> None:
+        if not self.incidents or any(incident.acks.get(ack.worker) == ack for incident in self.incidents):
+            return  # answers are repeated until the run ends
+        incident = self.incidents[-1]
+        mine = ack.order_id == incident.order.id
+        together = ack.step >= incident.order.step and ack.order_id not in self._done  # on another rank's word
+        if not mine and not together:
+            return  # the answer to an earlier order
+        if not ack.ok and ack.worker in incident.acks and incident.acks[ack.worker].ok:
+            return  # one checkpoint is durable; that another attempt failed takes nothing away
+        incident.acks[ack.worker] = ack
+        if ack.worker in incident.dead:
+            incident.dead.remove(ack.worker)
+        self._record({
+            "kind": "ack", "at": now, "incident": incident.number, "worker": ack.worker, "order": ack.order_id,
+            "epoch": ack.epoch, "step": ack.step, "path": ack.path, "error": ack.error,
+        })  # fmt: skip
+        if incident.outcome in ("failed", "timed out") and ack.ok:  # late, and still good news
+            incident.close("saved", now)
+            self._record({"kind": "incident", "at": now, "late": True, **incident.to_dict()})
+
+    def _close(self, incident: Incident, now: float, *, late: bool) -> None:
+        outcome: Literal["saved", "failed", "timed out"] = "timed out" if late else "failed"
+        incident.close("saved" if incident.best else outcome, now)
+        self._done.add(incident.order.id)
+        if incident.order.kind == "stop":
+            self._final = incident.order
+        elif incident.order.kind == "shrink":
+            for known in self._workers.values():
+                if self._concerns(incident, known.report):
+                    self._shrunk_at[_scope(known.report)] = now
+        self._record({"kind": "incident", "at": now, **incident.to_dict()})
+
+    def _concerns(self, incident: Incident, report: WorkerReport) -> bool:
+        """A stop is everybody's. A shrink is that of all training ranks together, or of one extraction actor."""
+        if incident.order.kind == "stop" or not incident.causes:
+            return True
+        scopes = {self._scope_of(cause["worker"]) for cause in incident.causes}
+        return _scope(report) in scopes
+
+    def _scope_of(self, worker: str) -> str:
+        known = self._workers.get(worker)
+        return _scope(known.report) if known else worker
+
+    def _answer(self, report: WorkerReport) -> Order | None:
+        incident = self.open_incident
+        if incident is not None and self._concerns(incident, report):
+            return None if report.worker in incident.acks and incident.order.kind != "stop" else incident.order
+        return self._final
+
+
+def _same_life(one: WorkerReport, other: WorkerReport) -> bool:
+    """A worker that was started again counts its reports from the beginning."""
+    return (one.node, one.pid) == (other.node, other.pid)
+
+
+def _scope(report: WorkerReport) -> str:
+    return "train" if report.role == "train" else report.worker

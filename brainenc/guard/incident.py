@@ -1,0 +1,92 @@
+"""The account of one incident: who, what, when, with which numbers, where the checkpoint lies, how to resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from brainenc.guard.messages import CheckpointAck, Order, WorkerReport
+
+Outcome = Literal["open", "saved", "failed", "timed out"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Incident:
+    """One incident, from its first cause to its outcome. Written by the coordinator alone."""
+
+    number: int
+    order: Order
+    opened_at: float
+    """Seconds since 1970, as all times here."""
+    deadline_at: float
+    causes: list[dict[str, Any]] = field(default_factory=list)
+    """Everybody who asked for it, in order: time, worker, node, reason, numbers, last finished step."""
+    acks: dict[str, CheckpointAck] = field(default_factory=dict)
+    dead: list[str] = field(default_factory=list)
+    """Workers that fell silent before they answered."""
+    outcome: Outcome = "open"
+    closed_at: float = 0.0
+
+    def add_cause(self, report: WorkerReport, now: float) -> None:
+        """One more worker is in trouble."""
+        if all(cause["worker"] != report.worker for cause in self.causes):
+            self.causes.append({
+                "at": now, "worker": report.worker, "node": report.node, "pid": report.pid, "step": report.step,
+                "epoch": report.epoch, "reason": report.reason, "numbers": dict(report.numbers),
+            })  # fmt: skip
+
+    @property
+    def best(self) -> CheckpointAck | None:
+        """The acknowledged checkpoint of the newest step."""
+        return max((ack for ack in self.acks.values() if ack.ok), key=lambda ack: ack.step, default=None)
+
+    def close(self, outcome: Outcome, now: float) -> None:
+        """It is over."""
+        self.outcome, self.closed_at = outcome, now
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        best = self.best
+        return {
+            "number": self.number, "outcome": self.outcome, "order": self.order.to_dict(), "opened_at": self.opened_at,
+            "closed_at": self.closed_at or None, "causes": self.causes, "dead": self.dead,
+            "acks": {
+                name: {"step": a.step, "epoch": a.epoch, "path": a.path, "error": a.error}
+                for name, a in sorted(self.acks.items())
+            },
+            "checkpoint": best.path if best else None, "step": best.step if best else None,
+        }  # fmt: skip
+
+
+def account(incident: Mapping[str, Any], resume: str = "") -> str:
+    """The incident as a person reads it.
+
+    Args:
+        incident: from :meth:`Incident.to_dict`, as it lies in ``guard.jsonl``.
+        resume: the command that goes on from here.
+    """
+    order = incident["order"]
+    opened = incident["opened_at"]
+    lines = [
+        f"Incident {incident['number']} at {_clock(opened)}: ordered to {order['kind']} because {order['reason']}."
+    ]
+    for cause in incident["causes"]:
+        where = f" on {cause['node']}" if cause["node"] else ""
+        lines.append(f"  {_clock(cause['at'])} {cause['worker']}{where} after step {cause['step']}: {cause['reason']}")
+    for name, ack in incident["acks"].items():
+        answer = f"durable at {ack['path']}" if ack["path"] and not ack["error"] else f"not saved: {ack['error']}"
+        lines.append(f"  {name}, step {ack['step']}: {answer}")
+    lines += [f"  {name} fell silent before it answered" for name in incident["dead"]]
+    took = f" after {incident['closed_at'] - opened:.2f} s" if incident["closed_at"] else ""
+    lines.append(f"Outcome: {incident['outcome']}{took}.")
+    if incident["checkpoint"]:
+        lines.append(f"The checkpoint of step {incident['step']} lies in {incident['checkpoint']}.")
+    if resume:
+        lines.append(f"To go on: {resume}")
+    return "\n".join(lines)
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at)) + f".{int(at % 1 * 1000):03d}"

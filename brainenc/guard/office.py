@@ -1,0 +1,101 @@
+"""The coordinator with a clock and a record: ``guard.jsonl`` and an account of every incident, in the run folder.
+
+Plain class; ``actors.py`` makes an actor of it, and a run of one process has it in that process.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from brainenc import atomic, records
+from brainenc.guard.coordinator import Coordinator, CoordinatorConfig
+from brainenc.guard.incident import account
+from brainenc.guard.messages import Order, OrderKind, WorkerReport
+
+
+class Office:
+    """What an actor or a thread calls; several threads may.
+
+    Args:
+        run_folder: where ``guard.jsonl`` lies.
+        config: of the coordinator.
+        clock: seconds since 1970.
+        resume: the command that goes on from here, for the account.
+    """
+
+    def __init__(
+        self, run_folder: str | Path, config: CoordinatorConfig | None = None, resume: str = "",
+        clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self._folder, self._clock, self._resume = Path(run_folder), clock, resume
+        self._lock = threading.Lock()
+        path = self._folder / "guard.jsonl"
+        first = 1 + max((line["number"] for line in _incidents(path)), default=0)
+        self._lines = records.JsonLines(path)
+        self._coordinator = Coordinator(config, self._record, first_incident=first)
+        self._lines.write(kind="coordinator", at=clock(), first_incident=first)
+
+    def report(self, report: WorkerReport) -> Order | None:
+        """Hear a worker; returns what it should do."""
+        with self._lock:
+            return self._coordinator.report(report, self._clock())
+
+    def trip(self, kind: OrderKind, reason: str, numbers: dict[str, Any] | None = None) -> Order:
+        """Somebody asks for an order: a signal, a drain notice, a person."""
+        with self._lock:
+            return self._coordinator.trip(kind, reason, self._clock(), numbers)
+
+    def tick(self) -> str:
+        """Let time pass; returns the state."""
+        with self._lock:
+            self._coordinator.tick(self._clock())
+            return self._coordinator.state
+
+    def status(self) -> dict[str, Any]:
+        """What is known of every worker, and all incidents."""
+        with self._lock:
+            return self._coordinator.status(self._clock())
+
+    def close(self) -> None:
+        """Flush the record."""
+        self._lines.close()
+
+    def _record(self, line: Mapping[str, Any]) -> None:
+        self._lines.write(**line)
+        if line["kind"] == "incident":
+            text = account(line, self._resume) + "\n"
+            atomic.replace(self._folder / f"incident-{line['number']}.txt", text.encode())
+
+
+def _incidents(path: Path) -> list[dict[str, Any]]:
+    """Those that an earlier coordinator of this run has opened."""
+    if not path.exists():
+        return []
+    return [
+        {"number": line.get("incident", line.get("number", 0))}
+        for line in records.read(path)
+        if line.get("kind") in ("order", "incident")
+    ]
+
+
+class LocalLink:
+    """The way to a coordinator in the same process."""
+
+    def __init__(self, office: Office) -> None:
+        self._office = office
+        self._answers: list[Order] = []
+
+    def post(self, report: WorkerReport) -> None:
+        """Told at once."""
+        answer = self._office.report(report)
+        if answer is not None:
+            self._answers.append(answer)
+
+    def answers(self) -> list[Order]:
+        """What came back."""
+        found, self._answers = self._answers, []
+        return found
