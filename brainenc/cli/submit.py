@@ -1,0 +1,92 @@
+"""``brainenc submit``: the challenge's zip from runs, checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from brainenc.datasets.algonauts import Subject
+from brainenc.datasets.rois import FAMILIES, HEMISPHERES
+from brainenc.datasets.submission import CHALLENGE_SHAPES, SubmissionCheck, check_submission, write_submission
+from brainenc.errors import UsageError
+from brainenc.report.run_files import RunFiles
+
+EXAMPLE = """
+\b
+Example:
+  brainenc submit runs/subj0* --out submission.zip
+  brainenc submit --check submission.zip
+"""
+
+
+@click.command("submit", epilog=EXAMPLE)
+@click.argument("runs", metavar="RUN...", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("submission.zip"),
+    show_default=True,
+    help="The zip.",
+)
+@click.option(
+    "--check", "only_check", type=click.Path(dir_okay=False, path_type=Path), metavar="ZIP", help="Only check this zip."
+)
+@click.option("--all-subjects", is_flag=True, help="Fail unless all eight subjects are there, as the server wants.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def command(runs: Sequence[Path], out: Path, only_check: Path | None, all_subjects: bool, as_json: bool) -> int:
+    """Write the Algonauts 2023 submission from one run a subject, and check it before the server does.
+
+    Shapes are held against each run's own subject folder; with --check alone, against the challenge's subjects (or
+    those of the runs that are given beside it).
+    """
+    if not runs and only_check is None:
+        raise click.UsageError("Give one run a subject, or --check ZIP.")
+    subjects = {_subject_of(run).name: run for run in runs}
+    if len(subjects) < len(runs):
+        raise UsageError(
+            f"{len(runs)} runs are of {len(subjects)} subjects ({', '.join(subjects)}): give one run each."
+        )
+    shapes = dict(CHALLENGE_SHAPES) | {name: _shapes(_subject_of(run)) for name, run in subjects.items()}
+    if only_check is not None:
+        check, path = check_submission(only_check, shapes), only_check
+    else:
+        check, path = write_submission(out, {name: run / "predictions" for name, run in subjects.items()}, shapes), out
+    _tell(check, path, as_json)
+    return 1 if check.problems or (all_subjects and check.missing) else 0
+
+
+def _subject_of(run: Path) -> Subject:
+    """The subject of a run.
+
+    Raises:
+        UsageError: no run, or one that predicts a part of the vertices only.
+    """
+    files = RunFiles(run)
+    if files.readout in FAMILIES:
+        raise UsageError(
+            f"{run} predicts the ROIs of {files.readout!r} only and 0 elsewhere; the challenge scores all vertices. "
+            "Submit a run with the readout rois_all, streams, hemis or voxels."
+        )
+    return files.subject()
+
+
+def _shapes(subject: Subject) -> dict[str, tuple[int, int]]:
+    n = len(subject.images("test"))
+    return {h: (n, v) for h, v in zip(HEMISPHERES, subject.n_vertices, strict=True)}
+
+
+def _tell(check: SubmissionCheck, path: Path, as_json: bool) -> None:
+    if as_json:
+        found = {"zip": str(path), "subjects": check.subjects, "problems": check.problems, "missing": check.missing}
+        click.echo(json.dumps(found))
+        return
+    click.echo(f"{path}: predictions of {', '.join(check.subjects) or 'nobody'}")
+    for problem in check.problems:
+        click.echo(f"  problem: {problem}")
+    if check.missing:
+        click.echo(f"  note: the server wants all eight subjects; missing: {', '.join(check.missing)}")
+    if not check.problems:
+        click.echo("  shapes, type, values and folders are as the challenge wants them")
