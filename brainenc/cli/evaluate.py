@@ -28,9 +28,10 @@ Example:
 def command(run: str, part: Any, device: str, as_json: bool) -> None:
     """Score a run per hemisphere, ROI and stream, with its best weights."""
     from brainenc.train.evaluate import evaluate, open_run
+    from brainenc.train.mirror import run_to_look_at
 
-    opened = open_run(run, device=device)
-    with Progress("evaluate", json_lines=as_json) as progress:
+    with run_to_look_at(run) as folder, Progress("evaluate", json_lines=as_json) as progress:
+        opened = open_run(folder, device=device)
         table = evaluate(opened, part, progress=lambda done, total: progress.update(done, total))
     click.echo(json.dumps(table) if as_json else "\n".join(_lines(table)))
 

@@ -22,6 +22,8 @@ Example:
 def command(run: str, out: Path | None, device: str, as_json: bool) -> None:
     """Predict responses to the test images: lh_pred_test.npy and rh_pred_test.npy, float32."""
     from brainenc.train.evaluate import open_run, predict
+    from brainenc.train.mirror import run_to_look_at
 
-    written = predict(open_run(run, device=device), out)
+    with run_to_look_at(run) as folder:
+        written = predict(open_run(folder, device=device), out)
     click.echo(json.dumps([str(path) for path in written]) if as_json else "\n".join(map(str, written)))

@@ -145,6 +145,20 @@ class MountPlace:
         partial.unlink(missing_ok=True)
         return True
 
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file or replace the one that is there. Nothing in a store is ever replaced; run folders are."""
+        self._replace(self._path(name), iter((data,)))
+
+    def replace_file(self, name: str, path: Path) -> None:
+        """The same with a local file's bytes; the file stays."""
+        with open(path, "rb") as file:
+            self._replace(self._path(name), iter(lambda: file.read(_COPY), b""))
+
+    def _replace(self, path: Path, pieces: Iterator[bytes]) -> None:
+        aside = self._aside(path)
+        self._write(aside, pieces)
+        os.replace(aside, path)
+
     def partial(self, name: str) -> Path:
         """See :meth:`~brainenc.featurestore.places.base.Place.partial`: on local disk, never on the mount."""
         return self._scratch.partial(check_name(name))
@@ -180,11 +194,8 @@ class MountPlace:
             return
         text = "".join(f"{name}\n" for name in fresh).encode()
         file = self._root / _LEDGER / f"{hashlib.sha256(text).hexdigest()[:24]}.txt"
-        file.parent.mkdir(exist_ok=True)
         if not file.exists():
-            aside = self._aside(file)
-            self._write(aside, iter((text,)))
-            os.replace(aside, file)
+            self._replace(file, iter((text,)))
         self._ledger().update(fresh)
 
     def staged(self, prefix: str = "") -> _Names:

@@ -138,6 +138,24 @@ class ObjectPlace:
             partial.unlink()
         return True
 
+    def replace(self, name: str, data: bytes) -> None:
+        """Create an object or replace the one that is there. Nothing in a store is ever replaced; run folders are."""
+        service = self._connected()
+        self._patience.call(
+            f"Writing {self._at(name)}",
+            lambda limit: service.put(check_name(name), data, secrets.token_hex(16), limit, replace=True),
+            n_bytes=len(data),
+        )
+
+    def replace_file(self, name: str, path: Path) -> None:
+        """The same with a local file's bytes; the file stays."""
+        service = self._connected()
+        self._patience.call(
+            f"Uploading {self._at(name)}",
+            lambda limit: service.put_file(check_name(name), path, secrets.token_hex(16), limit, replace=True),
+            n_bytes=path.stat().st_size,
+        )
+
     def partial(self, name: str) -> Path:
         """See :meth:`~brainenc.featurestore.places.base.Place.partial`: on local disk, in the cache folder."""
         return self._scratch.partial(check_name(name))

@@ -42,11 +42,11 @@ class ObjectService(Protocol):
     atomic_create: bool
     """`put` and `put_file` refuse to replace, whoever else writes at that moment."""
 
-    def put(self, key: str, data: bytes, token: str, limit: float) -> None:
-        """Create an object, marked with ``token``. Raises ``FileExistsError`` when there is one."""
+    def put(self, key: str, data: bytes, token: str, limit: float, *, replace: bool = False) -> None:
+        """Create an object, marked with ``token``. Raises ``FileExistsError`` when there is one, unless ``replace``."""
         ...
 
-    def put_file(self, key: str, path: Path, token: str, limit: float) -> None:
+    def put_file(self, key: str, path: Path, token: str, limit: float, *, replace: bool = False) -> None:
         """The same with a local file's bytes, never held in memory as a whole."""
         ...
 

@@ -76,7 +76,7 @@ class GcsService:
         bucket, _, root = url.split("://", 1)[1].partition("/")
         return cls(fs, bucket, f"{root.strip('/')}/" if root.strip("/") else "")
 
-    def put(self, key: str, data: bytes, token: str, limit: float) -> None:
+    def put(self, key: str, data: bytes, token: str, limit: float, *, replace: bool = False) -> None:
         """One request whose boundary cannot occur in the data by chance, with the checksum that the server compares."""
         meta = self._meta(key, token, _Crc32c(data))
         boundary = secrets.token_hex(16)
@@ -90,20 +90,20 @@ class GcsService:
             )
         )
         self._call(
-            limit, "POST", self._upload_url(), uploadType="multipart", ifGenerationMatch="0", data=_Body(body),
+            limit, "POST", self._upload_url(), uploadType="multipart", **_condition(replace), data=_Body(body),
             headers={"Content-Type": f"multipart/related; boundary={boundary}"},
         )  # fmt: skip
 
-    def put_file(self, key: str, path: Path, token: str, limit: float) -> None:
+    def put_file(self, key: str, path: Path, token: str, limit: float, *, replace: bool = False) -> None:
         """A resumable upload in parts: a part that fails is asked for and sent again, not the file."""
         size = path.stat().st_size
         if size == 0:
-            return self.put(key, b"", token, limit)
+            return self.put(key, b"", token, limit, replace=replace)
         checksum = _Crc32c()
         with open(path, "rb") as file:
             while part := file.read(_PART):
                 checksum.update(part)
-            location, sent = self._start(key, token, checksum, limit), 0
+            location, sent = self._start(key, token, checksum, limit, replace), 0
             while sent < size:
                 file.seek(sent)
                 before, sent = sent, self._send_part(location, file.read(_PART), sent, size, limit)
@@ -111,11 +111,11 @@ class GcsService:
                     raise ShortRead(f"{key}: the upload does not advance beyond byte {sent}")
         return None
 
-    def _start(self, key: str, token: str, checksum: _Crc32c, limit: float) -> str:
+    def _start(self, key: str, token: str, checksum: _Crc32c, limit: float, replace: bool) -> str:
         """Begin a resumable upload; returns where its parts go."""
         where = f"{self._upload_url()}?name={quote(self._root + key, safe='')}"
         headers, _ = self._call(
-            limit, "POST", where, uploadType="resumable", ifGenerationMatch="0", json=self._meta(key, token, checksum),
+            limit, "POST", where, uploadType="resumable", **_condition(replace), json=self._meta(key, token, checksum),
             headers={"X-Upload-Content-Type": _BINARY},
         )  # fmt: skip
         return headers["Location"]
@@ -205,6 +205,10 @@ class GcsService:
             self._fs.loop, self._fs._call, method, path, *names, timeout=limit, **request
         )
         return answer
+
+
+def _condition(replace: bool) -> dict[str, str]:
+    return {} if replace else {"ifGenerationMatch": "0"}
 
 
 def _check_body(key: str, data: bytes, headers: Mapping[str, str], ranged: bool) -> None:

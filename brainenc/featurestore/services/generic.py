@@ -33,17 +33,17 @@ class FsspecService:
         fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         return cls(fs, root, atomic_create=fs.protocol == "memory")
 
-    def put(self, key: str, data: bytes, token: str, limit: float) -> None:
+    def put(self, key: str, data: bytes, token: str, limit: float, *, replace: bool = False) -> None:
         """Creation under a lock of this process."""
         path = self._path(key)
         with _creating:
-            if self._fs.exists(path):
+            if not replace and self._fs.exists(path):
                 raise FileExistsError(path)
             self._fs.pipe_file(path, data)
 
-    def put_file(self, key: str, path: Path, token: str, limit: float) -> None:
+    def put_file(self, key: str, path: Path, token: str, limit: float, *, replace: bool = False) -> None:
         """Through memory, where the bytes end anyway."""
-        self.put(key, path.read_bytes(), token, limit)
+        self.put(key, path.read_bytes(), token, limit, replace=replace)
 
     def get(self, key: str, start: int, end: int | None, limit: float) -> bytes:
         """Compared with the length that the file system tells."""

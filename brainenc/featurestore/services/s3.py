@@ -42,16 +42,18 @@ class S3Service:
         root = parts.path.strip("/")
         return cls(fs, parts.netloc.rpartition("@")[2], f"{root}/" if root else "")
 
-    def put(self, key: str, data: bytes, token: str, limit: float) -> None:
+    def put(self, key: str, data: bytes, token: str, limit: float, *, replace: bool = False) -> None:
         """One request, refused by the server if the object exists or the checksum differs."""
         marks = {_TOKEN: token, _HASH: xxhash.xxh3_128_hexdigest(data)}
         with _conflicts():
-            self._call(limit, "put_object", key, Body=data, Metadata=marks, IfNoneMatch="*", ChecksumAlgorithm="CRC32")
+            self._call(
+                limit, "put_object", key, Body=data, Metadata=marks, ChecksumAlgorithm="CRC32", **_condition(replace)
+            )
 
-    def put_file(self, key: str, path: Path, token: str, limit: float) -> None:
+    def put_file(self, key: str, path: Path, token: str, limit: float, *, replace: bool = False) -> None:
         """Small files at once, larger ones in parts that become an object in the last request."""
         if path.stat().st_size <= _PART:
-            return self.put(key, path.read_bytes(), token, limit)
+            return self.put(key, path.read_bytes(), token, limit, replace=replace)
         begun = self._call(
             limit, "create_multipart_upload", key, Metadata={_TOKEN: token}, ChecksumAlgorithm="CRC32"
         )  # fmt: skip
@@ -64,7 +66,12 @@ class S3Service:
                 ]
             with _conflicts():
                 self._call(
-                    limit, "complete_multipart_upload", key, **upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
+                    limit,
+                    "complete_multipart_upload",
+                    key,
+                    **upload,
+                    MultipartUpload={"Parts": parts},
+                    **_condition(replace),
                 )
         except BaseException:
             self._abandon(key, upload, limit)
@@ -160,6 +167,10 @@ class S3Service:
             **request,
         )
         return answer
+
+
+def _condition(replace: bool) -> dict[str, str]:
+    return {} if replace else {"IfNoneMatch": "*"}
 
 
 class _conflicts:

@@ -1,0 +1,235 @@
+"""A run folder that lies on an object store or a drive: what is sent, what is taken, who may go on."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from brainenc.errors import TransferFailed, UsageError
+from brainenc.featurestore.places.mount import MountPlace
+from brainenc.featurestore.places.object import ObjectPlace
+from brainenc.featurestore.services.generic import FsspecService
+from brainenc.featurestore.services.patience import Patience
+from brainenc.train.mirror import RunMirror, TakenOver, local_run, run_to_look_at
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BRAINENC_CACHE", str(tmp_path / "machine-a"))
+
+
+@pytest.fixture
+def other_machine(tmp_path, monkeypatch):
+    def go(name="machine-b"):
+        monkeypatch.setenv("BRAINENC_CACHE", str(tmp_path / name))
+
+    return go
+
+
+@pytest.fixture
+def url():
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    yield "memory://runs-of-test/first"
+    for path in [path for path in fs.store if path.startswith("/runs-of-test")]:
+        del fs.store[path]
+
+
+def checkpoint(folder, name, weights=b"weights"):
+    path = folder / "checkpoints" / name
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(weights)
+    (path / "state.pt").write_bytes(b"state")
+    (path / "manifest.json").write_text(json.dumps({"of": weights.decode()}))
+    (folder / "checkpoints" / "last.json").write_text(json.dumps({"checkpoint": name}))
+
+
+def begin(folder):
+    (folder / "config.yaml").write_text("seed: 0\n")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+
+
+def names(url):
+    return [entry.name for entry in ObjectPlace(url).list()]
+
+
+def test_a_local_run_is_worked_on_in_place(tmp_path):
+    with local_run(tmp_path / "run", new=True) as folder:
+        assert folder == tmp_path / "run"
+    with run_to_look_at(tmp_path / "run") as folder:
+        assert folder == tmp_path / "run"
+
+
+def test_everything_but_hidden_files_is_sent_and_comes_back_elsewhere(url, other_machine):
+    with local_run(url, new=True) as folder:
+        begin(folder)
+        checkpoint(folder, "epoch0_step5")
+        (folder / ".ray").mkdir()
+        (folder / ".ray" / "log").write_text("x")
+    assert names(url) == [
+        "checkpoints/epoch0_step5/manifest.json", "checkpoints/epoch0_step5/model.safetensors",
+        "checkpoints/epoch0_step5/state.pt", "checkpoints/last.json", "config.yaml", "metrics.jsonl", "mirror.json",
+    ]  # fmt: skip
+    other_machine()
+    with local_run(url) as again:
+        assert again != folder
+        assert (again / "checkpoints/epoch0_step5/model.safetensors").read_bytes() == b"weights"
+        with open(again / "metrics.jsonl", "a") as file:
+            file.write('{"step": 2}\n')
+    assert ObjectPlace(url).read("metrics.jsonl").count(b"\n") == 2
+
+
+def test_a_checkpoint_is_sent_as_soon_as_it_is_whole_its_manifest_last(url):
+    place = ObjectPlace(url)
+    order = []
+    real = place.replace_file
+    place.replace_file = lambda name, path: (order.append(name), real(name, path))[1]
+    with local_run(url, new=True) as folder:
+        pass
+    mirror = RunMirror(place, folder, every_s=0.05)
+    with mirror:
+        begin(folder)
+        checkpoint(folder, "epoch0_step5")
+        deadline = time.monotonic() + 10
+        while "checkpoints/last.json" not in order and time.monotonic() < deadline:
+            time.sleep(0.01)
+    inside = [name for name in order if "epoch0_step5" in name]
+    assert inside[-1].endswith("manifest.json")
+    assert order.index(inside[-1]) < order.index("checkpoints/last.json"), "no pointer before what it points to"
+
+
+def test_what_is_pruned_here_is_removed_there(url):
+    import shutil
+
+    with local_run(url, new=True) as folder:
+        begin(folder)
+        checkpoint(folder, "epoch0_step5")
+    with local_run(url) as folder:
+        checkpoint(folder, "epoch0_step9")
+        shutil.rmtree(folder / "checkpoints/epoch0_step5")
+    assert not [name for name in names(url) if "step5" in name]
+    assert [name for name in names(url) if "step9" in name]
+
+
+def test_a_step_that_was_made_again_replaces_the_one_before(url, other_machine):
+    with local_run(url, new=True) as folder:
+        begin(folder)
+        checkpoint(folder, "epoch0_step5", b"first")
+    other_machine()
+    with local_run(url) as folder:
+        import shutil
+
+        shutil.rmtree(folder / "checkpoints/epoch0_step5")
+        checkpoint(folder, "epoch0_step5", b"second")
+    assert ObjectPlace(url).read("checkpoints/epoch0_step5/model.safetensors") == b"second"
+
+
+def test_nothing_that_did_not_change_is_sent_again(url):
+    with local_run(url, new=True) as folder:
+        begin(folder)
+        checkpoint(folder, "epoch0_step5")
+    place = ObjectPlace(url)
+    sent = []
+    place.replace_file = lambda name, path: sent.append(name)
+    with RunMirror(place, folder):
+        pass
+    assert sent == []
+
+
+def test_the_machine_that_was_killed_goes_on_from_its_own_disk(url):
+    with local_run(url, new=True) as folder:
+        begin(folder)
+    checkpoint(folder, "epoch0_step5")  # made, and never sent: the machine was killed
+    with local_run(url) as again:
+        assert (again / "checkpoints/epoch0_step5/manifest.json").exists()
+    assert "checkpoints/epoch0_step5/manifest.json" in names(url)
+
+
+def test_whoever_was_overtaken_sends_nothing_more(url, other_machine):
+    ours = local_run(url, new=True)
+    folder = ours.__enter__()
+    begin(folder)
+    RunMirror(ObjectPlace(url), folder).push()
+    other_machine()
+    with local_run(url) as theirs:
+        (theirs / "metrics.jsonl").write_text("theirs\n")
+    (folder / "metrics.jsonl").write_text("ours\n")
+    with pytest.raises(TakenOver, match="gone on with by another machine"):
+        ours.__exit__(None, None, None)
+    assert ObjectPlace(url).read("metrics.jsonl") == b"theirs\n"
+
+
+def test_a_run_is_not_begun_twice_and_not_gone_on_with_where_there_is_none(url):
+    with pytest.raises(UsageError, match="is no run folder"), local_run(url):
+        pass
+    with local_run(url, new=True) as folder:
+        begin(folder)
+    with pytest.raises(UsageError, match=r"--resume memory://runs-of-test/first"), local_run(url, new=True):
+        pass
+
+
+def test_looking_at_a_run_that_goes_on_elsewhere_claims_nothing(url, other_machine):
+    with local_run(url, new=True) as folder:
+        begin(folder)
+        RunMirror(ObjectPlace(url), folder).push()
+        other_machine()
+        with run_to_look_at(url) as look:
+            assert (look / "metrics.jsonl").read_text() == '{"step": 1}\n'
+            (look / "scores.json").write_text("{}")
+    assert "scores.json" in names(url)
+
+
+def test_a_place_that_fails_is_tried_again_and_the_end_says_what_is_not_there(url, tmp_path):
+    with local_run(url, new=True) as folder:
+        begin(folder)
+
+    class Down(FsspecService):
+        down = threading.Event()
+
+        def put(self, *args, **kwargs):
+            if self.down.is_set():
+                raise ConnectionResetError("the network is down")
+            super().put(*args, **kwargs)
+
+    import fsspec
+
+    service = Down(fsspec.filesystem("memory"), "/runs-of-test/first", atomic_create=True)
+    place = ObjectPlace(url, service=service, patience=Patience(deadline_s=0.2, first_wait_s=0.05))
+    with RunMirror(place, folder, every_s=0.05):
+        service.down.set()
+        (folder / "metrics.jsonl").write_text("more\n")
+        time.sleep(0.5)
+        service.down.clear()
+    assert place.read("metrics.jsonl") == b"more\n"
+    mirror = RunMirror(place, folder, every_s=60).__enter__()
+    (folder / "metrics.jsonl").write_text("even more\n")
+    service.down.set()
+    with pytest.raises(TransferFailed, match=r"metrics\.jsonl"):
+        mirror.__exit__(None)
+
+
+def test_an_error_in_training_is_not_hidden_by_one_in_sending(url):
+    def fails():
+        with local_run(url, new=True) as folder:
+            begin(folder)
+            ObjectPlace(url).replace("mirror.json", b'{"owner": "somebody"}')
+            raise ValueError("of training")
+
+    with pytest.raises(ValueError, match="of training"):
+        fails()
+
+
+def test_a_drive_is_handed_to_and_says_so(tmp_path, monkeypatch, other_machine):
+    monkeypatch.setattr("brainenc.train.mirror.needs_staging", lambda path: True)
+    notes = []
+    with local_run(tmp_path / "drive" / "run", new=True, note=notes.append) as folder:
+        begin(folder)
+        checkpoint(folder, "epoch0_step5")
+    assert "handed over, not confirmed" in notes[0]
+    assert (tmp_path / "drive/run/checkpoints/epoch0_step5/model.safetensors").read_bytes() == b"weights"
+    other_machine()
+    assert MountPlace.open(tmp_path / "drive" / "run").doubtful("config.yaml") is True
+    with local_run(tmp_path / "drive" / "run") as again:
+        assert (again / "config.yaml").exists()
