@@ -193,9 +193,7 @@ class Coordinator:
                 self._done.add(incident.order.id)
                 incident.order = order
                 incident.acks.clear()  # what was saved for the weaker order is older than what the stop will save
-                self._record(
-                    {"kind": "order", "at": now, "incident": incident.number, **order.to_dict(), "order": order.kind}
-                )
+                self._record(_order_line(incident, now))
             elif order.id != incident.order.id:
                 self._done.add(order.id)
             return incident
@@ -204,7 +202,7 @@ class Coordinator:
         self.incidents.append(incident)
         if order.kind == "stop":
             self._final = order
-        self._record({"kind": "order", "at": now, "incident": incident.number, **order.to_dict(), "order": order.kind})
+        self._record(_order_line(incident, now))
         return incident
 
     def _acknowledge(self, ack: CheckpointAck, now: float) -> None:
@@ -265,3 +263,11 @@ def _same_life(one: WorkerReport, other: WorkerReport) -> bool:
 
 def _scope(report: WorkerReport) -> str:
     return "train" if report.role == "train" else report.worker
+
+
+def _order_line(incident: Incident, now: float) -> dict[str, Any]:
+    order = incident.order
+    return {
+        "kind": "order", "at": now, "incident": incident.number, "order": order.id, "do": order.kind,
+        "reason": order.reason, "step": order.step, "numbers": dict(order.numbers),
+    }  # fmt: skip

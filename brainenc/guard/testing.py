@@ -106,17 +106,19 @@ class RecordingLink:
         self.order: Order | None = None
         self.dead = False
 
-    def exchange(self, report: WorkerReport) -> Order | None:
-        """One heartbeat and its answer."""
-        if self.dead:
-            raise ConnectionError("the coordinator is dead")
-        self.reports.append(report)
-        return self.order
+    def post(self, report: WorkerReport) -> None:
+        """Kept, unless the coordinator is dead."""
+        if not self.dead:
+            self.reports.append(report)
+
+    def answers(self) -> list[Order]:
+        """The order that the test has put there, again and again, as a coordinator does."""
+        return [self.order] if self.order is not None and not self.dead else []
 
     @property
     def acks(self) -> list[CheckpointAck]:
-        """Every acknowledgement that was heard."""
-        return [r.ack for r in self.reports if r.ack is not None]
+        """The different acknowledgements that were heard, in order."""
+        return list(dict.fromkeys(r.ack for r in self.reports if r.ack is not None))
 
 
 class ScriptedGuard(NullGuard):

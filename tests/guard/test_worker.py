@@ -1,0 +1,234 @@
+"""The guard of one worker: what the loop finds at its boundaries, and what the coordinator hears. Real watchers."""
+
+import threading
+import time
+
+import pytest
+
+from brainenc.errors import MemoryRefused
+from brainenc.guard.admission import Admission
+from brainenc.guard.messages import Order, OutOfTime
+from brainenc.guard.policy import Meter, PolicyConfig
+from brainenc.guard.testing import RecordingLink, wait_until
+from brainenc.guard.worker import WorkerGuard, WorkerGuardConfig
+
+FAST = WorkerGuardConfig(policy=PolicyConfig(dwell_s=0.4), heartbeat_s=0.05)
+STOP = Order(kind="stop", reason="the driver received SIGTERM", id="c1-stop")
+
+
+@pytest.fixture
+def link():
+    return RecordingLink()
+
+
+@pytest.fixture
+def guard(link):
+    with WorkerGuard("rank1", FAST, link) as guard:
+        yield guard
+
+
+def test_a_calm_worker_reports_its_steps_and_is_asked_nothing(guard, link):
+    for step in range(5):
+        with guard.computing():
+            time.sleep(0.03)
+        assert guard.pending() is None
+        with guard.updating():
+            guard.beat(epoch=0, step=step)
+
+    assert wait_until(lambda: link.reports[-1].step == 4)
+    assert {r.worker for r in link.reports} == {"rank1"}
+    assert [r.seq for r in link.reports] == sorted({r.seq for r in link.reports})
+
+
+def test_a_drill_becomes_an_order_with_its_numbers_and_the_coordinator_hears_it(guard, link):
+    guard.beat(epoch=2, step=17)
+    guard.drill("ram", 0.95)
+
+    assert wait_until(lambda: guard.pending() is not None)
+    order = guard.pending()
+    assert (order.kind, order.step, order.urgent) == ("shrink", 17, False)
+    assert order.numbers["fraction"] == 0.95
+    assert wait_until(lambda: link.reports[-1].order is not None)
+    assert link.reports[-1].level == "critical"
+
+
+def test_detection_and_order_are_together_faster_than_a_heartbeat_of_ray(guard):
+    begin = time.monotonic()
+    guard.drill("gpu", 0.95)
+    assert wait_until(lambda: guard.pending() is not None)
+
+    assert time.monotonic() - begin < 2
+
+
+def test_a_shrink_is_done_with_when_it_is_saved_and_becomes_a_stop_one_dwell_later(guard, link):
+    guard.drill("ram", 0.95)
+    assert wait_until(lambda: guard.pending() is not None)
+
+    guard.saved(path="/ckpt/step3", step=3, epoch=0)
+
+    assert guard.pending() is None
+    assert wait_until(lambda: link.acks and link.acks[-1].path == "/ckpt/step3")
+    assert wait_until(lambda: guard.pending() is not None and guard.pending().kind == "stop", timeout_s=5)
+
+
+def test_memory_that_goes_down_again_withdraws_the_order(guard):
+    guard.drill("ram", 0.95, seconds=0.3)
+    assert wait_until(lambda: guard.pending() is not None)
+
+    assert wait_until(lambda: guard.pending() is None, timeout_s=5)
+
+
+def test_an_order_of_the_coordinator_is_obeyed_and_a_stop_stays(guard, link):
+    link.order = STOP
+    assert wait_until(lambda: guard.pending() is not None)
+
+    guard.saved(path="/ckpt/step9", step=9, epoch=1)
+
+    assert guard.pending() == STOP
+    assert wait_until(lambda: bool(link.acks))
+    assert (link.acks[0].order_id, link.acks[0].step) == ("c1-stop", 9)
+
+
+def test_an_order_that_was_carried_out_together_is_not_carried_out_again(guard, link):
+    """The ranks acted on one's word at step 9; the coordinator's order for that comes later."""
+    guard.beat(epoch=0, step=9)
+    guard.saved(path="/ckpt/step9", step=9, epoch=0)
+    link.order = Order(kind="shrink", reason="rank0 is full", id="rank0-1-1", step=8)
+    time.sleep(0.3)
+
+    assert guard.pending() is None
+
+
+def test_a_stronger_order_replaces_a_weaker_one(guard, link):
+    guard.drill("ram", 0.95)
+    assert wait_until(lambda: guard.pending() is not None)
+    link.order = STOP
+
+    assert wait_until(lambda: guard.pending().kind == "stop")
+
+
+def test_a_failed_save_is_told_as_such(guard, link):
+    link.order = STOP
+    assert wait_until(lambda: guard.pending() is not None)
+
+    guard.saved(path="", step=9, epoch=1, error="no space left")
+
+    assert wait_until(lambda: bool(link.acks))
+    assert not link.acks[0].ok
+
+
+def test_without_a_coordinator_it_protects_itself(guard, link):
+    link.dead = True
+    guard.drill("ram", 0.95)
+
+    assert wait_until(lambda: guard.pending() is not None)
+
+
+def make_urgent(guard):
+    """As a watcher would say it when memory is full in a moment."""
+    message = {"kind": "decision", "level": "critical", "reason": "full in 0.1 s", "urgent": True, "at": 0.0}
+    guard._hear(message)
+
+
+def test_too_short_a_time_interrupts_the_computation(guard):
+    began = threading.Event()
+
+    def later():
+        began.wait()
+        time.sleep(0.1)
+        make_urgent(guard)
+
+    threading.Thread(target=later).start()
+
+    def compute():
+        with guard.computing():
+            began.set()
+            for _ in range(2000):
+                time.sleep(0.005)
+
+    with pytest.raises(OutOfTime):
+        compute()
+    assert guard.pending().urgent
+
+
+def test_it_never_interrupts_anything_else(guard):
+    """Urgent while saving or updating: those go on to their end; the next computation does not begin."""
+    make_urgent(guard)
+    with guard.updating():
+        for _ in range(60):
+            time.sleep(0.005)
+
+    with pytest.raises(OutOfTime, match=r"full in 0\.1 s"), guard.computing():
+        raise AssertionError("must not be reached")
+
+
+def test_no_interruption_is_left_behind_when_the_computation_is_over():
+    """Many short computations against an interruption at any moment: it arrives inside, or not at all."""
+    arrived = 0
+    with WorkerGuard("rank0", FAST) as guard:
+        for i in range(300):
+            timer = threading.Timer(0.0003 * (i % 20), make_urgent, [guard])
+            timer.start()
+            try:
+                with guard.computing():
+                    sum(range(100_000))
+            except OutOfTime:
+                arrived += 1
+            end = time.monotonic() + 0.005
+            while time.monotonic() < end:  # an interruption that is left behind would arrive here, and fail the test
+                sum(range(100))
+            timer.join()
+            guard._order = None
+
+    assert 0 < arrived < 300
+
+
+def test_leaving_is_told(link):
+    with WorkerGuard("rank0", FAST, link):
+        pass
+    assert link.reports[-1].leaving == "done"
+
+    def fail():
+        with WorkerGuard("rank0", FAST, link):
+            raise ValueError("x")
+
+    with pytest.raises(ValueError, match="x"):
+        fail()
+    assert link.reports[-1].leaving == "failed: x"
+
+
+def test_relief_is_tried_once_a_dwell():
+    calls = []
+    config = WorkerGuardConfig(policy=PolicyConfig(dwell_s=60))
+    with WorkerGuard("rank0", config, relief=[lambda: calls.append(threading.current_thread().name)]) as guard:
+        guard.drill("ram", 0.86)
+        assert wait_until(lambda: bool(calls))
+        time.sleep(1.5)
+        assert guard.pending() is None
+
+    assert calls == ["guard"]
+
+
+def test_reservations_that_are_not_memory_yet_count():
+    """Two arrays of 4 GB fit, a third does not, although not a page of the two was touched."""
+    admission, gb = Admission(PolicyConfig()), 1_000_000_000
+
+    admission.ask(4 * gb, "one", Meter("ram", 0, 10 * gb), now=0)
+    admission.ask(4 * gb, "two", Meter("ram", 1 * gb, 10 * gb), now=1)
+    with pytest.raises(MemoryRefused, match="three"):
+        admission.ask(2 * gb, "three", Meter("ram", 1 * gb, 10 * gb), now=2)
+    admission.ask(2 * gb, "three", Meter("ram", 1 * gb, 10 * gb), now=40)  # the first two never became memory
+    assert admission.outstanding(0, now=100) == 0
+
+
+def test_a_reservation_that_became_memory_is_not_counted_twice():
+    admission, gb = Admission(PolicyConfig()), 1_000_000_000
+    admission.ask(4 * gb, "one", Meter("ram", 0, 10 * gb), now=0)
+
+    admission.ask(4 * gb, "two", Meter("ram", 4 * gb, 10 * gb), now=1)
+
+
+def test_the_worker_guard_refuses_what_would_not_fit(guard):
+    guard.reserve(1 << 20, "a batch")
+    with pytest.raises(MemoryRefused, match="all of it"):
+        guard.reserve(1 << 50, "all of it")
