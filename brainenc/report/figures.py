@@ -13,7 +13,7 @@ import numpy as np
 
 from brainenc import atomic
 from brainenc.datasets.rois import HEMISPHERES, ROI_CLASSES, Hemisphere
-from brainenc.errors import UsageError
+from brainenc.errors import DataError, UsageError
 from brainenc.report.run_files import RunFiles, best_correlations
 from brainenc.scoring import roi_means
 
@@ -68,11 +68,14 @@ def roi_table(files: RunFiles, part: str = "val") -> dict[Hemisphere, list[RoiAc
         raise UsageError(
             f"{files.path} has no scores of its {part} images: run `brainenc evaluate {files.path} --split {part}`."
         )
-    subject = files.subject()
-    best = best_correlations(subject)
+    try:
+        subject = files.subject()
+    except DataError:  # old runs outlive their data: accuracies without ceilings
+        subject = None
+    best = best_correlations(subject) if subject else None
     table: dict[Hemisphere, list[RoiAccuracy]] = {}
     for hemisphere in HEMISPHERES:
-        ceilings = roi_means(best[hemisphere], subject.rois.masks(hemisphere)) if best else {}
+        ceilings = roi_means(best[hemisphere], subject.rois.masks(hemisphere)) if subject and best else {}
         table[hemisphere] = [
             RoiAccuracy(name=name, roi_class=_class_of(name), r=entry["r"], ceiling=_known(ceilings.get(name)))
             for name, entry in scores["rois"][hemisphere].items()

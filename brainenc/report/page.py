@@ -137,8 +137,7 @@ def _median(records: Iterable[Mapping[str, Any]], name: str, form: str) -> str |
 def _accuracy(files: RunFiles, subject: Subject | None, pictures: bool) -> list[str]:
     parts: list[str] = []
     for part in PARTS:
-        scores = files.scores(part)
-        if scores is None or subject is None:
+        if files.scores(part) is None:
             continue
         table = figures.roi_table(files, part)
         parts.append(f"<h2>Accuracy per ROI, {part} images</h2>")
@@ -153,7 +152,7 @@ def _accuracy(files: RunFiles, subject: Subject | None, pictures: bool) -> list[
     if not parts:
         return [
             "<h2>Accuracy per ROI</h2>",
-            '<p class="muted">Not scored yet (`brainenc evaluate`), or the folder of the subject is gone.</p>',
+            '<p class="muted">Not scored yet: `brainenc evaluate` does it.</p>',
         ]
     if pictures and subject is not None:
         parts += _vertices(files, subject)
