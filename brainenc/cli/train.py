@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -30,13 +33,35 @@ def command(as_json: bool, resume_run: str | None, **options: Any) -> int:
     Exit code 75 means stopped safely: `--resume RUN` goes on from there.
     """
     given, source = split_source(given_fields(options))
-    with Progress("train", json_lines=as_json) as progress:
+    run = resume_run or given.get("out")
+    with Progress("train", json_lines=as_json) as progress, _worked_on(run, resume_run is None, progress) as folder:
         shown = {"progress": _Shown(progress), "note": progress.note}
-        result = _start(given, source, shown) if resume_run is None else _resume(resume_run, given, source, shown)
+        if not as_json:
+            _banner(given, progress.note)
+        if resume_run is None:
+            result = _start({**given, **folder}, source, shown)
+        else:
+            result = _resume(folder["out"], given, source, shown)
+    if run:
+        result = replace(result, run_folder=absolute(run))
+    if result.checkpoint and not as_json:
+        click.echo(_emergency(result), err=True)
     click.echo(json.dumps(_plain(result)) if as_json else _summary(result))
     if result.error is not None:
         raise result.error
     return int(result.exit_code)
+
+
+@contextmanager
+def _worked_on(run: str | None, new: bool, progress: Progress) -> Iterator[dict[str, str]]:
+    """``out``, as training takes it: a local folder, sent on where the run is to be elsewhere."""
+    from brainenc.train.mirror import local_run
+
+    if run is None:  # refused with all else that is lacking
+        yield {}
+        return
+    with local_run(absolute(run) or run, new=new, note=progress.note) as folder:
+        yield {"out": str(folder)}
 
 
 def _start(given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any]) -> Any:
@@ -71,6 +96,24 @@ def _views(subject_dir: str, source: dict[str, Any]) -> Any:
     return on_the_fly(
         subject_dir, backbone, source.get("features", ()),
         size_policy=source.get("size_policy"), image_size=source.get("image_size"),
+    )  # fmt: skip
+
+
+def _banner(given: dict[str, Any], note: Any) -> None:
+    from brainenc.train import guarding
+
+    settings = given.get("guard", {})
+    if settings.get("enabled", True):
+        note(guarding.start_banner(settings))
+
+
+def _emergency(result: Any) -> str:
+    from brainenc.train import guarding
+
+    size = sum(file.stat().st_size for file in Path(result.checkpoint).glob("*"))
+    return guarding.emergency_block(
+        reason=result.reason, epoch=result.epoch, step=result.step, saved=result.checkpoint, seconds=result.save_s,
+        n_bytes=size,
     )  # fmt: skip
 
 

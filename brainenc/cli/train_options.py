@@ -32,7 +32,7 @@ _OPTIONS = [
     click.option("--out", metavar="RUN", help="Run folder to make."),
     click.option("--resume", "resume_run", metavar="RUN", help="Go on with a run."),
     click.option(
-        "--encoder", help="transformer, custom_transformer, spatial_feature, linear.  [default: transformer]"
+        "--encoder", help="transformer, custom_transformer, spatial_feature, linear, ridge (the baseline).  [default: transformer]"
     ),
     click.option(
         "--readout",
@@ -65,6 +65,13 @@ _OPTIONS = [
     click.option("--snapshot-every", "snapshot_every_s", metavar="TIME", help="0: none.  [default: 15s]"),
     click.option("--snapshot-dir", metavar="DIR", help="Local disk for snapshots.  [default: RUN/.snapshots]"),
     click.option("--tracker", "trackers", multiple=True, help="tensorboard, wandb; beside metrics.jsonl."),
+    click.option("--ram", metavar="WARN,CRITICAL", help="Guard: fractions of memory.  [default: 0.85,0.88]"),
+    click.option("--gpu", metavar="WARN,CRITICAL", help="Guard: fractions of GPU memory.  [default: 0.90,0.92]"),
+    click.option(
+        "--on-critical", type=click.Choice(["shrink", "stop"]),
+        help="Guard: halve the micro-batch and go on, or stop.  [default: shrink]",
+    ),
+    click.option("--guard/--no-guard", "guarded", default=None, help="Watch memory.  [default: guard]"),
     click.option(
         "--drill", multiple=True, metavar="FAULT@step=S,rank=R",
         help="A fault on purpose: oom, kill, sigterm, ram=0.95, gpu=0.95.",
@@ -102,10 +109,29 @@ def given_fields(options: dict[str, Any]) -> dict[str, Any]:
     for name in ("subject_dir", "store", "out", "split", "snapshot_dir"):
         if name in given:
             given[name] = absolute(given[name])
+    if guard := _guard(given):
+        given["guard"] = guard
     for name in ("checkpoint_every_s", "snapshot_every_s"):
         if name in given:
             given[name] = parse_seconds(given[name])
     return given
+
+
+def _guard(given: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {name: _pair(name, given.pop(name)) for name in ("ram", "gpu") if name in given}
+    if "on_critical" in given:
+        found["on_critical"] = given.pop("on_critical")
+    if "guarded" in given:
+        found["enabled"] = given.pop("guarded")
+    return found
+
+
+def _pair(name: str, text: str) -> list[float]:
+    try:
+        warn, critical = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--{name} {text!r} is no pair of fractions; write for example --{name} 0.85,0.88.") from None
+    return [warn, critical]
 
 
 def absolute(text: str) -> str:

@@ -237,7 +237,7 @@ class Loader:
                     view.prefetch(rows[following])
                 read += slot.fill(self._samples, numbers)
                 if read > MAP_BUDGET:
-                    self._release()
+                    self.release()
                     read = 0
                 ready.put((slot, step, numbers, global_count))
             ready.put(None)
@@ -255,7 +255,8 @@ class Loader:
         if waiting is not None:
             yield (*waiting, np.empty(0, np.int64))
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Drop the maps; they come back when rows are read. Any thread."""
         for view in self._samples.views:
             view.release()
         for responses in self._samples.responses or ():

@@ -17,12 +17,14 @@ from types import FrameType
 from typing import Any
 
 from brainenc.errors import BrainencError, TrainingFailed, UsageError
-from brainenc.guard.messages import EXIT_STOPPED_SAFELY, NullGuard, Order, StepGuard
+from brainenc.guard.messages import EXIT_STOPPED_SAFELY, NullGuard, StepGuard
 from brainenc.train import orders, prepare
 from brainenc.train.config import TrainConfig, Workers
 from brainenc.train.drills import Drills, Planned
 from brainenc.train.inputs import OpenViews, StoredViews
-from brainenc.train.orders import WithOrders
+from brainenc.train.orders import FolderOrders, Hearing, SignalOrders
+from brainenc.train.ridge_run import ENCODER as RIDGE
+from brainenc.train.ridge_run import run_ridge
 from brainenc.train.run_folder import RunFolder
 
 Progress = Callable[[Mapping[str, Any]], None]
@@ -49,6 +51,8 @@ class TrainResult:
     reason: str = ""
     checkpoint: str = ""
     """The emergency checkpoint, where one was written."""
+    save_s: float = 0.0
+    """Seconds that it took."""
     error: BrainencError | None = None
 
     @property
@@ -80,6 +84,9 @@ def train(
     prepare.check(config, views, note=note)
     folder.create(config)
     prepare.save_split(config, folder)
+    if config.encoder.encoder == RIDGE:  # solved, not trained: one process, no steps
+        perf = run_ridge(config, views, progress=progress, note=note)
+        return TrainResult(status="done", run_folder=config.out, epoch=0, step=0, val_perf=perf)
     return _launch(config, views, progress or _ignore, note)
 
 
@@ -128,7 +135,7 @@ def _launch(config: TrainConfig, views: OpenViews, progress: Progress, note: Not
     best = outcome.position.best
     return TrainResult(
         status=outcome.status, run_folder=config.out, epoch=outcome.position.epoch, step=outcome.position.step,
-        val_perf=best, reason=outcome.reason, checkpoint=outcome.checkpoint, error=outcome.error,
+        val_perf=best, reason=outcome.reason, checkpoint=outcome.checkpoint, save_s=outcome.save_s, error=outcome.error,
     )  # fmt: skip
 
 
@@ -151,35 +158,24 @@ def default_workers() -> Workers:
 # ---------------------------------------------------------------------- in this process
 
 
-class SignalGuard(NullGuard):
-    """A guard that knows of signals only: SIGTERM and SIGINT become an order to stop."""
-
-    def __init__(self) -> None:
-        self._order: Order | None = None
-
-    def pending(self) -> Order | None:
-        """The order of a signal that has arrived."""
-        return self._order
-
-    def take(self, number: int, _frame: FrameType | None) -> None:
-        """Signal handler; the second Ctrl-C ends at once."""
-        if self._order is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._order = Order(kind="stop", reason=f"received {signal.Signals(number).name}")
-
-
 class _Stopper:
-    """Signal handler of the driver: leaves an order in the run folder. The second Ctrl-C ends at once."""
+    """Signal handler of the driver of Ray's workers. The second Ctrl-C ends at once.
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder, self._asked = folder, False
+    Two ways, of which one is enough: the coordinator, and an order in the run folder.
+    """
+
+    def __init__(self, folder: RunFolder, coordinator: Any) -> None:
+        self._folder, self._coordinator, self._asked = folder, coordinator, False
 
     def take(self, number: int, _frame: FrameType | None) -> None:
         """Ask for an emergency checkpoint; `fit` returns when all ranks have stopped."""
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked = True
-        orders.give(self._folder, "stop", f"the driver received {signal.Signals(number).name}")
+        reason = f"the driver received {signal.Signals(number).name}"
+        orders.give(self._folder, "stop", reason)
+        if self._coordinator is not None:
+            self._coordinator.trip("stop", reason)
 
 
 @contextmanager
@@ -200,17 +196,21 @@ def _alone(config: TrainConfig, views: OpenViews, progress: Progress, note: Note
     """One rank in this process, no Ray."""
     import torch
 
+    from brainenc.train import guarding
     from brainenc.train.team import Solo
-    from brainenc.train.worker import Surroundings, work
+    from brainenc.train.worker import Relief, Surroundings, work
 
     wanted = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    guard = SignalGuard()
-    around = Surroundings(
-        team=Solo(), device=torch.device(wanted), open_views=views, guard=guard, on_record=progress, on_note=note,
-        threads=config.threads, drill=_drills(config, guard, os.getpid()),
-    )  # fmt: skip
-    with _signals(guard.take):
-        return work(config, around)
+    folder, relief = RunFolder(config.out), Relief()
+    with guarding.alone(config, gpu=wanted.startswith("cuda"), relief=relief) as (guard, record_stop):
+        signals = SignalOrders(record_stop)
+        around = Surroundings(
+            team=Solo(), device=torch.device(wanted), open_views=views, on_record=progress, on_note=note, relief=relief,
+            guard=Hearing(guard, [signals, FolderOrders(folder)]), threads=config.threads,
+            drill=_drills(config, guard, os.getpid()),
+        )  # fmt: skip
+        with _signals(signals.take):
+            return work(config, around)
 
 
 def _drills(config: TrainConfig, guard: StepGuard, driver_pid: int) -> Drills:
@@ -264,34 +264,14 @@ def _cluster(config: TrainConfig, workers: Workers) -> Iterator[Any]:
 
 
 def _with_ray(config: TrainConfig, workers: Workers, views: OpenViews, progress: Progress, note: Note) -> Any:
-    with _cluster(config, workers):
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-        from ray.train.torch import TorchConfig, TorchTrainer
+    folder = RunFolder(config.out)
+    with _cluster(config, workers), _coordinator(config, workers, note) as coordinator:
+        from ray.train import WorkerGroupError
 
-        gpu = _wants_gpu(config)
-        folder = RunFolder(config.out)
-        number: Any = workers.low if workers.low == workers.high else (workers.low, workers.high)
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"config": config.to_dict(), "views": views, "driver_pid": os.getpid()},
-            scaling_config=ScalingConfig(
-                num_workers=number,
-                use_gpu=gpu,
-                resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {})},
-            ),
-            torch_config=TorchConfig(
-                backend="nccl" if gpu else "gloo", timeout_s=max(1800, int(config.status_timeout_s))
-            ),
-            run_config=RunConfig(
-                # A name of its own: Ray's record of an earlier attempt must not decide where this one begins.
-                name=f"run{folder.next_run()}-{int(time.time())}",
-                storage_path=str(folder.ray),
-                failure_config=FailureConfig(max_failures=config.max_failures),
-            ),
-        )
+        trainer = _trainer(config, workers, views, coordinator)
         # ray.init and, in the main thread, fit install handlers that end the run on the spot: ours come after, and fit
         # runs in a thread.
-        with _following(folder, progress, note), _signals(_Stopper(folder).take):
+        with _following(folder, progress, note), _signals(_Stopper(folder, coordinator).take):
             try:
                 result = _in_thread(trainer.fit)
             except WorkerGroupError as error:
@@ -300,6 +280,53 @@ def _with_ray(config: TrainConfig, workers: Workers, views: OpenViews, progress:
     if outcome is None:
         raise TrainingFailed(f"The workers of {config.out} ended without an outcome: {result.error}.")
     return outcome
+
+
+@contextmanager
+def _coordinator(config: TrainConfig, workers: Workers, note: Note) -> Iterator[Any]:
+    """The guard's coordinator, made before any worker so that Ray's memory monitor takes it last."""
+    from brainenc.train import guarding
+
+    if not guarding.is_guarded(config):
+        yield None
+        return
+    from brainenc.guard.actors import ray_conflicts, start_coordinator
+
+    guard = guarding.worker_config(config)
+    for conflict in ray_conflicts(guard.policy.thresholds):
+        note(conflict)
+    handle = start_coordinator(
+        config.out, workers.high, on_critical=guard.on_critical, dwell_s=guard.policy.dwell_s,
+        resume=f"brainenc train --resume {config.out}",
+    )  # fmt: skip
+    try:
+        yield handle
+    finally:
+        handle.close()
+
+
+def _trainer(config: TrainConfig, workers: Workers, views: OpenViews, coordinator: Any) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    gpu, folder = _wants_gpu(config), RunFolder(config.out)
+    number: Any = workers.low if workers.low == workers.high else (workers.low, workers.high)
+    return TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": config.to_dict(), "views": views, "driver_pid": os.getpid(), "coordinator": coordinator,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=number, use_gpu=gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {})}
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=max(1800, int(config.status_timeout_s))),
+        run_config=RunConfig(
+            # A name of its own: Ray's record of an earlier attempt must not decide where this one begins.
+            name=f"run{folder.next_run()}-{int(time.time())}",
+            storage_path=str(folder.ray),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )  # fmt: skip
 
 
 def _in_thread(call: Callable[[], Any]) -> Any:
@@ -352,22 +379,40 @@ def _worker(given: dict[str, Any]) -> Any:
     import torch
 
     from brainenc.train.team import Distributed
-    from brainenc.train.worker import Surroundings, work
+    from brainenc.train.worker import Relief, Surroundings, work
 
     config = TrainConfig.from_dict(given["config"])
-    context = ray.train.get_context()
+    context, folder, relief = ray.train.get_context(), RunFolder(config.out), Relief()
     team = Distributed(timeout_s=config.status_timeout_s, local_rank=context.get_local_rank())
-    guard: StepGuard = NullGuard()
-    if team.rank == 0:
-        guard = WithOrders(guard, RunFolder(config.out))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpu = torch.cuda.is_available() and config.device != "cpu"
-    around = Surroundings(
-        team=team, device=ray.train.torch.get_device() if gpu else torch.device("cpu"), open_views=given["views"],
-        guard=guard, threads=config.threads or max(1, cores // context.get_local_world_size()),
-        drill=_drills(config, guard, given["driver_pid"]),
-    )  # fmt: skip
-    return work(config, around)
+    with _rank_guard(config, given["coordinator"], team.rank, gpu=gpu, relief=relief) as guard:
+        around = Surroundings(
+            team=team, device=ray.train.torch.get_device() if gpu else torch.device("cpu"), open_views=given["views"],
+            guard=Hearing(guard, [FolderOrders(folder)] if team.rank == 0 else []), relief=relief,
+            threads=config.threads or max(1, _cores() // context.get_local_world_size()),
+            drill=_drills(config, guard, given["driver_pid"]),
+        )  # fmt: skip
+        return work(config, around)
+
+
+@contextmanager
+def _rank_guard(
+    config: TrainConfig, coordinator: Any, rank: int, *, gpu: bool, relief: Callable[[], None]
+) -> Iterator[StepGuard]:
+    if coordinator is None:
+        yield NullGuard()
+        return
+    from brainenc.guard.actors import worker_guard
+    from brainenc.train import guarding
+
+    with worker_guard(
+        coordinator, rank, config=guarding.worker_config(config), with_gpu=gpu, relief=(relief,)
+    ) as guard:
+        yield guard
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

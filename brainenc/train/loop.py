@@ -90,6 +90,8 @@ class Outcome:
     reason: str = ""
     checkpoint: str = ""
     """The emergency checkpoint, where one was written."""
+    save_s: float = 0.0
+    """Seconds from the verdict to the durable emergency checkpoint."""
     error: BrainencError | None = None
 
 
@@ -344,15 +346,22 @@ class Fit:
         what = next((text for text in self._team.exchange_text(self._failure) if text), "") if verdict.trouble else ""
         path, unsaved = "", ""
         reason = what or self._reason(verdict)
+        began = time.perf_counter()
         if verdict.save or verdict.wish == Wish.STOP:
             path, unsaved = self._emergency(verdict, reason)
+        took = time.perf_counter() - began
         self._settle()
         error = _error(verdict, what, self.position) if verdict.trouble and verdict.wish != Wish.STOP else None
         if unsaved and error is None:
             error = TrainingFailed(f"Stopped at step {self.position.step} ({reason}), but nothing was saved: {unsaved}")
         status: Status = "failed" if error else "stopped"
         return Outcome(
-            status=status, position=self.position, reason=reason, checkpoint=path or self._on_the_spot, error=error
+            status=status,
+            position=self.position,
+            reason=reason,
+            checkpoint=path or self._on_the_spot,
+            save_s=took,
+            error=error,
         )
 
     def save_what_is_whole(self) -> None:

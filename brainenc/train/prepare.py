@@ -7,6 +7,7 @@ from collections.abc import Callable
 from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import HEMISPHERES
 from brainenc.train.config import TrainConfig
+from brainenc.train.guarding import thresholds
 from brainenc.train.inputs import OpenViews, open_samples, read_split, split_samples, usable
 from brainenc.train.run_folder import RunFolder, save_array
 
@@ -20,6 +21,7 @@ def check(config: TrainConfig, open_views: OpenViews, *, note: Callable[[str], N
         UsageError: names or combinations that do not exist.
         StoreError: the store or a feature is not there.
     """
+    thresholds(config.guard)
     subject = Subject.open(config.subject_dir)
     queries = subject.rois.queries(config.encoder.readout)
     samples = open_samples(config, subject, open_views)

@@ -33,9 +33,27 @@ from brainenc.train.run_folder import RunFolder, save_array
 from brainenc.train.saver import Saver
 from brainenc.train.scores import summarise
 from brainenc.train.snapshot import StateCopy, copy_bytes
-from brainenc.train.step import Stepper, StepSettings
+from brainenc.train.step import Stepper, StepSettings, relieve
 from brainenc.train.team import Team
 from brainenc.train.trackers import open_trackers
+
+
+class Relief:
+    """What the guard may have dropped when memory gets short, from a thread of its own: all of it comes back."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], None]] = [
+            lambda: relieve(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        ]
+
+    def add(self, call: Callable[[], None]) -> None:
+        """Also call this."""
+        self._calls.append(call)
+
+    def __call__(self) -> None:
+        """Drop everything."""
+        for call in tuple(self._calls):
+            call()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +70,7 @@ class Surroundings:
     on_note: Callable[[str], None] = lambda text: None
     threads: int | None = None
     published: Callable[[Path], None] = lambda path: None
+    relief: Relief = field(default_factory=lambda: Relief())
 
 
 def work(config: TrainConfig, around: Surroundings) -> Outcome:
@@ -77,6 +96,7 @@ def work(config: TrainConfig, around: Surroundings) -> Outcome:
     kwargs: dict[str, Any] = {"rank": team.rank, "size": team.size, "device": around.device}
     with Loader(train, order, **kwargs) as loader:
         val_loader = Loader(val, val_order, share_buffers=loader, **kwargs)
+        around.relief.add(loader.release)
         tracker = _tracker(config, folder, team)
         fit = Fit(
             stepper=stepper, team=team, train=loader, val=val_loader, saver=writer,

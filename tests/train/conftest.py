@@ -40,6 +40,7 @@ class Small:
         given = {
             "subject_dir": str(self.subject_dir), "store": str(self.store), "features": ("tiny/1.q",), "out": str(out),
             "encoder": EncoderConfig(**encoder), "epochs": 2, "batch_size": 8, "workers": "0", "threads": 1,
+            "guard": {"enabled": False},
         }  # fmt: skip
         return TrainConfig(**given | fields)
 

@@ -14,7 +14,7 @@ from brainenc.guard.messages import NullGuard
 from brainenc.train.config import TrainConfig
 from brainenc.train.drills import Drills, Planned
 from brainenc.train.inputs import StoredViews
-from brainenc.train.orders import WithOrders
+from brainenc.train.orders import FolderOrders, Hearing
 from brainenc.train.run_folder import RunFolder
 from brainenc.train.team import Distributed
 from brainenc.train.worker import Surroundings, work
@@ -25,7 +25,7 @@ def main(rank: int, size: int, rendezvous: str, runs: Path) -> None:
     for given in json.loads(runs.read_text()):
         config = TrainConfig.from_dict(given)
         folder = RunFolder(config.out)
-        guard = WithOrders(NullGuard(), folder) if rank == 0 else NullGuard()
+        guard = Hearing(NullGuard(), [FolderOrders(folder)] if rank == 0 else [])
         drills = Drills([Planned.parse(d) for d in config.drill], marks=folder.drill_marks, guard=guard, driver_pid=0)
         around = Surroundings(
             team=Distributed(timeout_s=30, local_rank=rank), device=torch.device("cpu"), open_views=StoredViews(config),

@@ -147,8 +147,10 @@ import torch
 from brainenc.train import checkpoint
 checkpoint.verify = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
 model = torch.nn.Linear(2, 2)
-position = checkpoint.Position(step=1, epoch=0)
-checkpoint.write(Path({str(tmp_path)!r}), checkpoint.Contents(position=position, weights=model.state_dict, optimizer={{}}))
+contents = checkpoint.Contents(
+    position=checkpoint.Position(step=1, epoch=0), weights=model.state_dict, optimizer={{}}
+)
+checkpoint.write(Path({str(tmp_path)!r}), contents)
 """
     code = subprocess.run([sys.executable, "-c", program], timeout=60).returncode
 

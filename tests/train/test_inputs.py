@@ -46,7 +46,7 @@ def test_images_without_features_are_counted_and_named(small, tmp_path):
 
 
 def test_a_feature_that_is_not_there_names_those_that_are(small, tmp_path):
-    with pytest.raises(KeyNotFound, match="subj01-train/tiny/2.token"):
+    with pytest.raises(KeyNotFound, match=r"subj01-train/tiny/2\.token"):
         train(small.config(tmp_path / "run", features=("tiny/9.q",)))
 
 
