@@ -78,9 +78,15 @@ class Preprocessing:
         return _up(height, self.multiple), _up(width, self.multiple)
 
     def describe(self) -> dict[str, Any]:
-        """Every field, JSON-able, with the version of their meaning."""
+        """Every field that plays a part, JSON-able, with the version of their meaning.
+
+        What plays none (resampling at native size) is left out: it would tell apart what is the same.
+        """
+        parts = {"pad": ("size", "multiple"), "resize": ("size",), "crop": ("size", "shortest", "keep_aspect")}
+        resampled = ("resample",) if self.size is not None else ()
         fields = dataclasses.asdict(self)
-        listed = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        named = {name: fields[name] for name in ("policy", "mean", "std", *parts[self.policy], *resampled)}
+        listed = {name: list(value) if isinstance(value, tuple) else value for name, value in named.items()}
         return {"version": MEANING, **listed}
 
     def sentence(self) -> str:

@@ -1,4 +1,4 @@
-"""q, k and v are what each family's attention really uses; tokens, class token, registers and pools are in their places."""
+"""q, k and v are what each family's attention really uses; tokens, registers and pools are in their places."""
 
 import pytest
 import torch
@@ -150,7 +150,7 @@ def test_the_attention_kernel_is_untouched_when_nobody_watches(family):
 
 
 def test_attention_without_a_kernel_to_watch_offers_no_q(tmp_path):
-    """XCiT attends between channels: there are no q, k with softmax(q k^T / sqrt(d)) v over tokens, so none on offer."""
+    """XCiT attends between channels: it has no q and k of which softmax(q k^T / sqrt(d)) v holds, and offers none."""
     saved = save_miniature("timm", tmp_path / "channels", model="xcit_nano_12_p16_224")
     info = load_backbone(backbone_string("timm", saved)).info
     assert "token" in info.layer_facets["0"]

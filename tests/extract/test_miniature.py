@@ -17,7 +17,7 @@ def test_every_kind_loads(kind, tmp_path):
 
 
 def test_the_seed_makes_the_weights(tmp_path):
-    """The same seed gives the same weights, another gives others, and the caller's own random numbers go on as before."""
+    """The same seed gives the same weights, another others, and the caller's own random numbers go on as before."""
     torch.manual_seed(5)
     wanted = torch.rand(1)
     torch.manual_seed(5)

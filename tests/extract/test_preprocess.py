@@ -96,12 +96,18 @@ def test_unknown_policies_say_what_there_is():
 
 
 def test_the_description_is_json_with_its_own_version():
-    """What goes into provenance can be written down, names every field, and says which meaning it has."""
+    """What goes into provenance can be written down and says which meaning it has."""
     described = pad().describe()
     assert json.loads(json.dumps(described)) == described
     assert described["version"] == MEANING
     assert described["multiple"] == 14
     assert described["mean"] == list(MEAN)
+
+
+def test_what_plays_no_part_is_not_described():
+    """At native size nothing is resampled, so the kind of resampling does not tell two preprocessings apart."""
+    assert pad(resample="bicubic").describe() == pad(resample="bilinear").describe()
+    assert pad(resample="bicubic", size=(28, 28)).describe() != pad(resample="bilinear", size=(28, 28)).describe()
 
 
 def test_the_sentence_says_what_happens():
