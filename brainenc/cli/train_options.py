@@ -32,7 +32,7 @@ _OPTIONS = [
     click.option("--out", metavar="RUN", help="Run folder to make."),
     click.option("--resume", "resume_run", metavar="RUN", help="Go on with a run."),
     click.option(
-        "--encoder", help="transformer, custom_transformer, spatial_feature, linear, ridge (the baseline).  [default: transformer]"
+        "--encoder", help="transformer, custom_transformer, spatial_feature, linear, or ridge.  [default: transformer]"
     ),
     click.option(
         "--readout",
@@ -62,7 +62,7 @@ _OPTIONS = [
     click.option("--max-failures", type=int, help="Worker failures survived; -1: any number.  [default: 3]"),
     click.option("--keep", type=int, help="Checkpoints kept beside the best.  [default: 2]"),
     click.option("--checkpoint-every", "checkpoint_every_s", metavar="TIME", help="[default: 5min, and each epoch]"),
-    click.option("--snapshot-every", "snapshot_every_s", metavar="TIME", help="0: none.  [default: 15s]"),
+    click.option("--snapshot-every", "snapshot_every_s", metavar="TIME", help="0: none.  [default: 20s]"),
     click.option("--snapshot-dir", metavar="DIR", help="Local disk for snapshots.  [default: RUN/.snapshots]"),
     click.option("--tracker", "trackers", multiple=True, help="tensorboard, wandb; beside metrics.jsonl."),
     click.option("--ram", metavar="WARN,CRITICAL", help="Guard: fractions of memory.  [default: 0.85,0.88]"),

@@ -144,7 +144,7 @@ def _fill(folder: Path, contents: Contents, reason: str) -> None:
         write_tensors(file, contents.weights(), {"format": "pt", "made_by": "brainenc"})  # type: ignore[arg-type]
     files[WEIGHTS] = file.entry()
     with _Hashing(folder / STATE) as file:
-        torch.save(contents.state(), file)  # type: ignore[arg-type]
+        _save_without_crc(contents.state(), file)
     files[STATE] = file.entry()
     manifest = Manifest(
         position=contents.position, files=files, config=contents.config, provenance=contents.provenance, reason=reason
@@ -154,6 +154,16 @@ def _fill(folder: Path, contents: Contents, reason: str) -> None:
         out.flush()
         os.fsync(out.fileno())
     atomic.fsync_dir(folder)
+
+
+def _save_without_crc(state: Mapping[str, Any], file: _Hashing) -> None:
+    """The zip's own checksums would take longer than ours and the copying together."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, file)  # type: ignore[arg-type]
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _Hashing:

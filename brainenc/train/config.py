@@ -105,7 +105,7 @@ class TrainConfig:
     """Regular checkpoints that are kept beside the best."""
     checkpoint_every_s: float = 300.0
     """Longest time between two checkpoints, besides the one at the end of each epoch; 0: only there."""
-    snapshot_every_s: float = 15.0
+    snapshot_every_s: float = 20.0
     """Time between two rolling snapshots; 0: none."""
     snapshot_dir: str | None = None
     """Local disk for rolling snapshots; ``RUN/.snapshots`` when None."""

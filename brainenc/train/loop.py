@@ -56,7 +56,7 @@ class FitSettings:
     lr_drop: int
     lr_gamma: float
     log_every: int = 1
-    snapshot_every_s: float = 15.0
+    snapshot_every_s: float = 20.0
     checkpoint_every_s: float = 300.0
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
