@@ -25,6 +25,7 @@ COMMANDS = {
     "import-checkpoint": "turn a published checkpoint into one of ours",
     "evaluate": "score a run",
     "predict": "predict responses to the test images",
+    "attention": "where each ROI looks, as arrays and on the images",
     "ensemble": "combine runs by their validation correlation",
     "submit": "write and check the challenge's zip",
     "report": "one page about a run",

@@ -12,7 +12,7 @@ import pickle
 import re
 import struct
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.mapping import read_mapping
 from brainenc.datasets.rois import ALIASES, HEMISPHERES, ROI_CLASSES, RoiAtlas, RoiQueries
 from brainenc.errors import CheckpointUnusable, NotASubject, UnknownName
-from brainenc.train.checkpoint import check_keys
+from brainenc.train.checkpoint import Contents, Position, check_keys, write
+from brainenc.train.config import TrainConfig
 from brainenc.train.model import ENCODERS, BrainEncoder, EncoderConfig, build_encoder
+from brainenc.train.run_folder import RunFolder
 
 _UNUSED = re.compile(r"(backbone|transformer\.(encoder|memory_proj|decoder\.layers\.\d+\.self_attn)\b)")
 _UNUSED_BY = {
@@ -69,6 +71,52 @@ def load_published(checkpoint: str | Path, subject_dir: str | Path) -> BrainEnco
     found = read_published(checkpoint)
     config = config_of(found)
     return model_of(found, config, _atlas(Path(subject_dir)).queries(config.readout))
+
+
+def import_published(
+    checkpoint: str | Path, subject_dir: str | Path, out: str | Path, *, store: str | None = None,
+    features: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Make a run folder of ours from a published checkpoint.
+
+    The run stands before its first step, with the published weights: it can be evaluated, can predict, and resuming it
+    trains on from them.
+
+    Args:
+        checkpoint: the file.
+        subject_dir: the subject that it was trained on.
+        out: run folder to make.
+        store: where the features lie that it will be used with.
+        features: as for training.
+
+    Returns:
+        what was imported: ``run, encoder, readout, epoch, val_perf, n_parameters``.
+
+    Raises:
+        CheckpointUnusable: as :func:`load_published`.
+        UsageError: ``out`` holds a run already.
+    """
+    found = read_published(checkpoint)
+    config = config_of(found)
+    model = model_of(found, config, _atlas(Path(subject_dir)).queries(config.readout))
+    folder = RunFolder(Path(out).absolute())
+    run = TrainConfig(
+        subject_dir=str(Path(subject_dir).absolute()), out=str(folder.path), encoder=config, features=tuple(features),
+        store=None if store is None else store if "://" in store else str(Path(store).absolute()),
+    )  # fmt: skip
+    origin = {"published": found.path.name, "epoch": found.epoch, "val_perf": found.val_perf}
+    contents = Contents(
+        position=Position(step=0, epoch=0, best=found.val_perf), weights=model.state_dict, optimizer={"state": {}},
+        config=run.to_dict(), provenance=origin,
+    )  # fmt: skip
+    folder.create(run)
+    written = write(folder.checkpoints, contents)
+    for name in ("last", "best"):
+        folder.point(name, checkpoint=written.name, epoch=0, step=0, val_perf=found.val_perf)
+    return {
+        "run": str(folder.path), "encoder": config.encoder, "readout": config.readout, "epoch": found.epoch,
+        "val_perf": found.val_perf, "n_parameters": sum(p.numel() for p in model.parameters()),
+    }  # fmt: skip
 
 
 def read_published(checkpoint: str | Path) -> PublishedCheckpoint:

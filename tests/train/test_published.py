@@ -210,3 +210,31 @@ def test_a_folder_without_rois_is_refused(case, tmp_path):
     """The subject's ROIs say what each query means."""
     with pytest.raises(NotASubject):
         load_published(save(tmp_path, case), tmp_path)
+
+
+def test_imported_checkpoints_are_runs_of_ours(case, tmp_path, subject):
+    """The run folder holds a whole checkpoint with the published weights, which loads into the same model."""
+    from click.testing import CliRunner
+
+    from brainenc.cli.main import cli
+    from brainenc.train import checkpoint
+    from brainenc.train.run_folder import RunFolder
+
+    path = save(tmp_path, case)
+    arguments = ["import-checkpoint", str(path), "--subject-dir", str(subject), "--out", str(tmp_path / "run")]
+    shown = CliRunner().invoke(cli, [*arguments, "--store", str(tmp_path / "store"), "--feature", "d/11.q"])
+
+    assert shown.exit_code == 0, shown.output
+    assert "transformer with rois_all" in shown.output
+    folder = RunFolder(tmp_path / "run")
+    choice = checkpoint.newest([folder.checkpoints])
+    assert choice.skipped == ()
+    assert choice.folder.name == folder.pointed("best")["checkpoint"]
+    assert folder.config().features == ("d/11.q",)
+    model = load_published(path, subject)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    checkpoint.load_weights(choice.folder, model)
+    assert distance(model(case.features)[0], case.arrays["expected/lh_pred"]) < 1e-5
+    again = CliRunner().invoke(cli, arguments)
+    assert "holds a run already" in str(again.exception)

@@ -7,7 +7,7 @@ hemispheres (left first), V vertices, h heads, d = D / h.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -164,6 +164,23 @@ class QueryEncoder(BrainEncoder):
 
         bounds = [(start, min(start + PIECE, n)) for start in range(0, n, PIECE)]
         return torch.cat([checkpoint(piece, *b, use_reentrant=False) for b in bounds], dim=1)
+
+    @abstractmethod
+    def attention_of(self, features: Tensor, rows: slice) -> Tensor:
+        """`attention` of a range of queries: (B, n, H * W)."""
+
+    @torch.no_grad()
+    def attention(self, features: Tensor) -> Tensor:
+        pieces = [piece for _, _, piece in self.attention_pieces(features, 0, sum(self.n_queries))]
+        return torch.cat(pieces, dim=1)
+
+    @torch.no_grad()
+    def attention_pieces(self, features: Tensor, first: int, last: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Attention of some queries piece by piece: first and last query of a piece, (B, n, H * W)."""
+        step = PIECE if self.queries.per_vertex else max(1, last - first)
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            yield start, stop, self.attention_of(features, slice(start, stop))
 
     def readout(self, hemisphere: str) -> QueryReadout:
         """The module that reads one hemisphere out."""

@@ -28,10 +28,9 @@ class SpatialFeatureEncoder(QueryEncoder):
         memory = self._tokens(features)
         return self._read_out(lambda rows: torch.matmul(self.spatial_embed.weight[rows].softmax(dim=-1), memory))
 
-    @torch.no_grad()
-    def attention(self, features: Tensor) -> Tensor:
+    def attention_of(self, features: Tensor, rows: slice) -> Tensor:
         self._check(features)
-        return self.spatial_embed.weight.softmax(dim=-1).expand(len(features), -1, -1)
+        return self.spatial_embed.weight[rows].softmax(dim=-1).expand(len(features), -1, -1)
 
     def _check(self, features: Tensor) -> None:
         super()._check(features)

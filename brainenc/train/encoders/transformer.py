@@ -172,7 +172,6 @@ class TransformerEncoder(QueryEncoder):
         memory, position = self._memory(features)
         return self._read_out(lambda rows: self.decoder(self.query_embed.weight[rows], memory, position))
 
-    @torch.no_grad()
-    def attention(self, features: Tensor) -> Tensor:
+    def attention_of(self, features: Tensor, rows: slice) -> Tensor:
         memory, position = self._memory(features)
-        return self.decoder.weights(self.query_embed.weight, memory, position)
+        return self.decoder.weights(self.query_embed.weight[rows], memory, position)

@@ -1,0 +1,49 @@
+"""``brainenc attention``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from brainenc.cli.progress import Progress
+
+EXAMPLE = """
+\b
+Example:
+  brainenc attention runs/first --image nsd-00013 --image nsd-00027
+  brainenc attention runs/first --split test --count 8 --out maps
+"""
+
+
+@click.command("attention", epilog=EXAMPLE)
+@click.argument("run", metavar="RUN")
+@click.option("--split", "part", type=click.Choice(["train", "test"]), default="train", show_default=True)
+@click.option("--image", "stimuli", multiple=True, metavar="ID", help="A stimulus id; may be given several times.")
+@click.option(
+    "--count", type=click.IntRange(min=1), default=4, show_default=True, help="The first so many, without --image."
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="RUN/attention when not given.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
+@click.option("--json", "as_json", is_flag=True, help="Print the files as JSON.")
+def command(
+    run: str, part: Any, stimuli: tuple[str, ...], count: int, out: Path | None, device: str, as_json: bool
+) -> None:
+    """Show where each ROI looks: arrays of shape (images, ROIs, rows, columns), and colours on the images."""
+    from brainenc.train.attention import maps_of_run
+    from brainenc.train.evaluate import open_run
+
+    opened = open_run(run, device=device)
+    chosen = list(stimuli) or opened.subject.ids(part)[:count]
+    target = out or opened.folder.path / "attention"
+    files = []
+    with Progress("attention", json_lines=as_json) as progress:
+        for path in maps_of_run(opened, part, chosen, target):
+            files.append(path)
+            progress.update(len(files))
+    if as_json:
+        click.echo(json.dumps([str(path) for path in files]))
+        return
+    click.echo(f"{target}: {len(files)} files, maps of {len(chosen)} images by {opened.checkpoint}")
