@@ -155,3 +155,12 @@ def test_a_roi_without_vertices_is_nan():
     found = scoring.roi_means(values, masks)
     assert (found["a"], found["c"]) == (1.5, 1.0)
     assert np.isnan(found["b"])
+
+
+@pytest.mark.parametrize("row", [0, 250, 999])
+def test_one_wild_value_costs_no_digits_elsewhere(row):
+    """The rows that the sums are taken about may be outliers themselves."""
+    a, b = correlated(1000, 6, 8)
+    a[row] += 3000
+    b[row] -= 50
+    np.testing.assert_allclose(scoring.pearson(a, b), by_scipy(a, b), atol=1e-6)
