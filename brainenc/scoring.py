@@ -223,10 +223,16 @@ def _stretch_moments(x: npt.NDArray[Any], y: npt.NDArray[Any], scratch: list[npt
 
 
 def _shift(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Near the mean: that of four rows, added in pairs, which is exact where all are equal (constants must give 0)."""
+    """The mean of up to 64 rows, so that one wild row among them does no harm.
+
+    A power of two of them, added in pairs, is exact where all are equal: constants must give sums of 0.
+    """
     n = len(values)
-    a, b, c, d = values[[0, n // 4, n // 2, 3 * n // 4]].astype(dtype)
-    mean: npt.NDArray[Any] = (((a + b) + (c + d)) / 4).astype(dtype, copy=False)
+    count = min(64, 1 << (n.bit_length() - 1))
+    total = values[np.arange(count) * n // count].astype(dtype)
+    while len(total) > 1:
+        total = total[::2] + total[1::2]
+    mean: npt.NDArray[Any] = (total[0] / count).astype(dtype, copy=False)
     return mean
 
 
