@@ -41,3 +41,21 @@ def ray_session():
 def data_dir() -> Path:
     """Arrays that the tests compare with."""
     return Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def gcs(monkeypatch):
+    """An empty bucket ``lab`` in an emulated Google Cloud Storage, where ``gs://lab/...`` leads for the test."""
+    import asyncio
+    from types import SimpleNamespace
+
+    import gcsfs.retry
+
+    from tests.emulators.minigcs import MiniGCS
+
+    # gcsfs waits 1, 2, 4 ... s between its own tries: here a fiftieth of that, or the faults would take minutes.
+    quick = SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 50))
+    monkeypatch.setattr(gcsfs.retry, "asyncio", quick)
+    with MiniGCS("lab") as emulator:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator.url)
+        yield emulator

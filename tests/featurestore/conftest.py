@@ -1,30 +1,13 @@
 """Emulated object stores, and a cache folder that is the test's own."""
 
-import asyncio
 import os
-from types import SimpleNamespace
 
 import pytest
-
-from tests.emulators.minigcs import MiniGCS
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("BRAINENC_CACHE", str(tmp_path / "brainenc-cache"))
-
-
-@pytest.fixture
-def gcs(monkeypatch):
-    """An empty bucket ``lab`` in an emulated Google Cloud Storage, where ``gs://lab/...`` leads for the test."""
-    import gcsfs.retry
-
-    # gcsfs waits 1, 2, 4 ... s between its own tries: here a fiftieth of that, or the faults would take minutes.
-    quick = SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 50))
-    monkeypatch.setattr(gcsfs.retry, "asyncio", quick)
-    with MiniGCS("lab") as emulator:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator.url)
-        yield emulator
 
 
 @pytest.fixture(scope="session")
