@@ -3,11 +3,6 @@
 import contextlib
 import errno
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -158,34 +153,6 @@ def test_every_name_is_flushed_with_its_folder(tmp_path, monkeypatch):
         _, source, target = events[i]
         assert ("flush", source) in events[:i], f"{target} was named before it was flushed"
         assert ("flush", os.path.dirname(target)) in events[i:], f"the folder of {target} was not flushed"
-
-
-_WRITE_FOR_EVER = """
-import sys
-from pathlib import Path
-from tests.featurestore.faults import extract_all
-extract_all(Path(sys.argv[1]), acknowledge=lambda shard: print(shard, flush=True))
-"""
-
-
-@pytest.mark.chaos
-def test_kill_9_at_random_moments(tmp_path, calm):
-    """Of a real process, by a real signal, sixty times; the seed is in the failure."""
-    rng = random.Random(0)
-    for attempt in range(60):
-        folder = tmp_path / str(attempt)
-        with subprocess.Popen(
-            [sys.executable, "-c", _WRITE_FOR_EVER, folder], stdout=subprocess.PIPE, text=True
-        ) as child:
-            if rng.random() < 0.5:
-                child.stdout.readline()
-            time.sleep(rng.uniform(0, 0.01))
-            child.send_signal(signal.SIGKILL)
-            acknowledged = {int(line) for line in child.stdout.read().split()}
-        if folder.exists():
-            assert problems(folder, acknowledged) == [], f"attempt {attempt}"
-        extract_all(folder)
-        assert public(tree(folder)) == calm, f"attempt {attempt}"
 
 
 def test_a_manifest_that_was_made_while_its_answer_was_lost_is_made_once(tmp_path, monkeypatch):
