@@ -248,3 +248,23 @@ def test_more_than_9999_images_still_sort_into_the_order_of_their_rows():
 def test_tiny_numbers_of_vertices_work(tmp_path):
     synthesize(tmp_path / "subj01", features=local_colours, **SMALL | {"vertices": (1, 2)})
     assert Subject.open(tmp_path / "subj01").n_vertices == (1, 2)
+
+
+def test_a_ridge_on_all_tokens_comes_near_the_ceiling_and_shuffled_responses_stay_at_chance(made):
+    """What was planted can be learned from the features by a model that knows no location, and from nothing else."""
+    subject, truth = made
+    train, test = (local_colours(subject.images(split)).reshape(-1, 384) for split in ("train", "test"))
+    train, test = ((x - train.mean(axis=0)) / train.std(axis=0) for x in (train, test))
+    kernel = train @ train.T / train.shape[1]
+    order = np.random.default_rng(0).permutation(len(train))
+
+    def reached(rows):
+        r = []
+        for hemisphere in HEMISPHERES:
+            weights = np.linalg.solve(kernel + 0.3 * np.eye(len(train)), subject.responses(hemisphere)[rows])
+            predicted = test @ train.T / train.shape[1] @ weights
+            r.append(scoring.pearson(predicted, subject.responses(hemisphere, "test")))
+        return scoring.val_perf(*r)
+
+    assert reached(np.arange(len(train))) > 0.8 * truth.content["realised"]["test"]["val_perf"]
+    assert abs(reached(order)) < 0.15
