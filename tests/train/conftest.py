@@ -52,7 +52,7 @@ def make_subject(folder: Path, rng: np.random.Generator, features: np.ndarray, n
         images = folder / layout.images_dir(split)
         images.mkdir(parents=True)
         for i in range(count):
-            Image.new("RGB", (4, 4), (i, i, i)).save(images / layout.image_name(split, i + 1, first + i))
+            Image.new("RGB", (4, 4), (i % 256,) * 3).save(images / layout.image_name(split, i + 1, first + i))
     (folder / "roi_masks").mkdir()
     for hemisphere, n_vertices in zip(("lh", "rh"), VERTICES, strict=True):
         signal = features[:n_train, 1:].mean(1) @ rng.normal(size=(WIDTH, n_vertices))
@@ -68,23 +68,33 @@ def make_subject(folder: Path, rng: np.random.Generator, features: np.ndarray, n
         np.save(folder / layout.mapping_file(roi_class), names, allow_pickle=True)
 
 
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
-    """45 training and 5 test images, 30 and 26 vertices, features of 1 + 4 x 4 tokens of 16."""
-    root = tmp_path_factory.mktemp("small")
+def _make(root: Path, *, n_train: int, n_test: int) -> Small:
     rng = np.random.default_rng(0)
-    features = rng.normal(size=(50, 1 + GRID[0] * GRID[1], WIDTH)).astype(np.float16)
-    make_subject(root / "subj01", rng, features, n_test=5)
+    n = n_train + n_test
+    features = rng.normal(size=(n, 1 + GRID[0] * GRID[1], WIDTH)).astype(np.float16)
+    make_subject(root / "subj01", rng, features, n_test=n_test)
     store = open_store(root / "store", create=True)
     details = {"n_prefix": 1, "grid": list(GRID)}
-    for split, rows in (("train", slice(0, 45)), ("test", slice(45, 50))):
-        ids = [f"nsd-{i:05d}" for i in range(50)[rows]]
+    for split, rows in (("train", slice(0, n_train)), ("test", slice(n_train, n))):
+        ids = [f"nsd-{i:05d}" for i in range(n)[rows]]
         for name, part in (("1.q", features[rows]), ("2.token", 2 * features[rows])):
             with store.writer(
                 f"subj01-{split}/tiny/{name}", ids=ids, row_shape=part.shape[1:], details=details, rows_per_shard=16
             ) as writer:
                 writer.append(part)
     return Small(root / "subj01", root / "store")
+
+
+@pytest.fixture(scope="session")
+def make_small():
+    """Makes such a subject of another size in a folder."""
+    return _make
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """45 training and 5 test images, 30 and 26 vertices, features of 1 + 4 x 4 tokens of 16."""
+    return _make(tmp_path_factory.mktemp("small"), n_train=45, n_test=5)
 
 
 class ThreadTeam:

@@ -1,0 +1,147 @@
+"""Ways to train that change how and not what: precision, compilation, several features, trackers, drills."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from brainenc.cli.train_options import preset_feature
+from brainenc.errors import UnknownName, UsageError
+from brainenc.guard.messages import NullGuard
+from brainenc.train.config import TrainConfig
+from brainenc.train.drills import Drills, Planned
+from brainenc.train.launch import train
+from brainenc.train.orders import FolderOrders, Hearing, clear, give
+from brainenc.train.run_folder import RunFolder
+
+
+@pytest.mark.parametrize(
+    "features", [("tiny/1.q", "tiny/2.token"), ("tiny/1.q:cls",), ("tiny/1.q", "tiny/2.token:mean")]
+)
+def test_features_are_joined_and_parts_chosen(small, tmp_path, features):
+    result = train(small.config(tmp_path / "run", features=features, epochs=1))
+
+    assert result.status == "done"
+    assert np.load(tmp_path / "run/predictions/lh_pred_test.npy").shape == (5, 30)
+
+
+def test_bfloat16_is_close_to_float32(small, tmp_path, losses):
+    for precision in ("float32", "bfloat16"):
+        train(small.config(tmp_path / precision, precision=precision, dropout=0.0, epochs=1, predict=False))
+
+    one, other = losses(tmp_path / "float32"), losses(tmp_path / "bfloat16")
+    assert one != other
+    assert one == pytest.approx(other, rel=0.03)
+
+
+def test_a_smaller_micro_batch_changes_memory_and_not_the_loss(small, tmp_path, losses):
+    for micro_batch in (None, 3):
+        train(small.config(tmp_path / str(micro_batch), micro_batch=micro_batch, dropout=0.0, predict=False))
+
+    assert losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "None"), rel=1e-5)
+
+
+@pytest.mark.chaos
+def test_a_compiled_step_computes_the_same(small, tmp_path, losses):
+    """Minutes of compiling on a slow machine, so not among the quick tests."""
+    for compiled in (False, True):
+        train(small.config(tmp_path / str(compiled), compile=compiled, dropout=0.0, epochs=1, predict=False))
+
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
+
+
+def test_tensorboard_gets_the_figures(small, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(small.config(tmp_path / "run", trackers=("tensorboard",), predict=False))
+
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/lr", "train/grad_norm", "val/val_perf"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 11))
+
+
+def test_an_unknown_tracker_is_named(small, tmp_path):
+    with pytest.raises(UnknownName, match="tensorboard, wandb"):
+        raise train(small.config(tmp_path / "run", trackers=("mlflow",))).error
+
+
+def test_the_guard_of_a_run_shrinks_then_stops_in_a_drill(small, tmp_path):
+    """Real watcher process, real coordinator; only the reading is pretended."""
+    config = small.config(
+        tmp_path / "run", guard={"on_critical": "stop"}, drill=("ram=0.99@step=3",), epochs=10**6, log_every=1000
+    )
+
+    result = train(config)
+
+    assert (result.status, result.exit_code) == ("stopped", 75)
+    assert "RAM usage is 99.0%" in result.reason
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "run/guard.jsonl").read_text().splitlines()]
+    assert {"order", "ack", "incident"} <= set(kinds)
+    assert f"emergency_epoch{result.epoch}_step{result.step}" in result.checkpoint
+
+
+def test_a_configuration_survives_yaml(small, tmp_path):
+    config = small.config(
+        tmp_path / "run", guard={"ram": [0.5, 0.6]}, drill=("kill@step=1,rank=1",), trackers=("wandb",)
+    )
+
+    assert TrainConfig.from_yaml(config.to_yaml()) == config
+
+
+def test_published_names_mean_what_they_meant():
+    """``--enc_output_layer`` counts from the end; the last layer of dinov2 is the normalised output."""
+    assert preset_feature("dinov2_q") == "dinov2-base/11.q"
+    assert preset_feature("dinov2_q", 3) == "dinov2-base/9.q"
+    assert preset_feature("dinov2") == "dinov2-base/norm.token"
+    assert preset_feature("dinov2", 2) == "dinov2-base/10.token"
+    assert preset_feature("resnet50") == "resnet50/layer4.token"
+    with pytest.raises(UsageError, match="has 12 layers"):
+        preset_feature("dinov2_q", 13)
+
+
+def test_a_drill_happens_once_in_the_life_of_a_run(tmp_path):
+    planned = [Planned.parse("oom@step=4,rank=1")]
+
+    def drills() -> Drills:
+        return Drills(planned, marks=tmp_path / "marks", guard=NullGuard(), driver_pid=0)
+
+    drills().at(step=3, rank=1)
+    drills().at(step=4, rank=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        drills().at(step=4, rank=1)
+    drills().at(step=4, rank=1)
+
+
+def test_an_order_in_the_run_folder_is_heard_now_and_then(tmp_path):
+    folder, now = RunFolder(tmp_path), [0.0]
+    source = FolderOrders(folder, lambda: now[0])
+    guard = Hearing(NullGuard(), [source])
+
+    assert guard.pending() is None
+    give(folder, "checkpoint", "by hand")
+    assert guard.pending() is None, "a look costs: not at every step"
+    now[0] = 1.0
+    assert guard.pending().reason == "by hand"
+    guard.saved(path="x", step=1, epoch=0)
+    assert guard.pending() is None
+    give(folder, "stop", "enough")
+    now[0] = 2.0
+    assert guard.pending().kind == "stop"
+    guard.saved(path="x", step=1, epoch=0)
+    assert guard.pending().kind == "stop"
+    clear(folder)
+
+
+def test_figures_of_a_step_are_sensible(small, tmp_path):
+    train(small.config(tmp_path / "run", predict=False))
+
+    for line in RunFolder(tmp_path / "run").metrics():
+        if line["split"] == "train":
+            assert line["lr"] == 5e-4
+            assert line["grad_norm"] > 0
+            assert line["samples_per_s"] > 0
+            assert 0 <= line["data_wait_share"] <= 1
+            assert math.isfinite(line["loss"])
