@@ -28,7 +28,7 @@ class CoordinatorConfig:
     """An incident is over by then, whatever is missing."""
     dwell_s: float = 5.0
     """Still critical so long after a shrink means stop."""
-    reading_every_s: float = 10.0
+    reading_every_s: float = 5.0
     """Of each worker, one reading in so many seconds is kept in the record."""
 
 

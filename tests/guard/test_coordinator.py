@@ -303,7 +303,7 @@ def test_readings_are_thinned_out_and_changes_are_not():
     run.report("rank0", level="ok")
 
     kinds = [line["kind"] for line in run.lines]
-    assert kinds.count("reading") == 4  # 25 s, one in 10 s, and the change back
+    assert kinds.count("reading") == 6  # 25 s, one in 5 s, and the change back
     assert kinds.count("warning") == 1
 
 

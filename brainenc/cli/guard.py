@@ -1,0 +1,108 @@
+"""``brainenc guard status|probe|drill``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from brainenc.cli.progress import Progress
+from brainenc.errors import BrainencError, UsageError
+from brainenc.guard import banner
+from brainenc.guard.history import History, read_history
+from brainenc.guard.incident import account
+from brainenc.guard.policy import Meter, Policy, PolicyConfig, Thresholds, Timing
+from brainenc.guard.probe import take_reading
+from brainenc.units import format_bytes
+
+EXAMPLE = """
+\b
+Example:
+  brainenc guard probe
+  brainenc guard status runs/first
+  brainenc guard drill
+"""
+
+
+@click.group(epilog=EXAMPLE)
+def command() -> None:
+    """Memory as the guard sees it, and drills."""
+
+
+@command.command(epilog="\b\nExample:\n  brainenc guard status runs/first --json")
+@click.argument("run", metavar="RUN")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def status(run: str, as_json: bool) -> None:
+    """What the guard of a run has seen: every worker's last word, and the account of every incident."""
+    history = read_history(run)
+    if as_json:
+        click.echo(json.dumps(history.to_dict()))
+        return
+    click.echo("\n".join(_workers(history)))
+    for incident in history.incidents:
+        click.echo("\n" + account(incident))
+
+
+@command.command(epilog="\b\nExample:\n  brainenc guard probe --disk runs --batch-size 8")
+@click.option("--disk", "disks", multiple=True, metavar="FOLDER", help="Also tell the free space there.")
+@click.option("--batch-size", type=int, help="Judge by the thresholds for this batch size.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def probe(disks: tuple[str, ...], batch_size: int | None, as_json: bool) -> None:
+    """What is used and what may be, now, and what the guard would make of it."""
+    thresholds = Thresholds.for_batch_size(batch_size) if batch_size else Thresholds()
+    reading = take_reading(*(disks or (".",)))
+    meters = [Meter("ram", reading.ram.used, reading.ram.limit)]
+    meters += [Meter(f"gpu{i}", g.used - g.slack, g.limit) for i, g in enumerate(reading.gpus)]
+    decision = Policy(PolicyConfig(thresholds=thresholds)).look(0.0, meters, Timing())
+    if as_json:
+        click.echo(json.dumps({**reading.to_dict(), "level": decision.level, "reason": decision.reason}))
+        return
+    click.echo(banner.resources(reading))
+    for level in reading.levels:
+        click.echo(f"{level.fraction:6.1%}  {format_bytes(level.used)} of {format_bytes(level.limit)}  {level.source}")
+    click.echo(f"This is {decision.level}: {decision.reason}.")
+
+
+@command.command(epilog="\b\nExample:\n  brainenc guard drill --fault sigterm")
+@click.option(
+    "--fault", type=click.Choice(["ram", "gpu", "oom", "sigterm"]), default="ram", show_default=True,
+    help="What happens in the middle of a small training.",
+)  # fmt: skip
+@click.option("--out", type=click.Path(file_okay=False), help="Keep the files here.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def drill(fault: str, out: str | None, as_json: bool) -> None:
+    """A fire drill on this machine: a small training is struck, saves, exits 75, resumes, and ends bit-equal.
+
+    For a drill of a run of your own, see `brainenc train --drill`.
+    """
+    from brainenc.cli import guard_practice
+
+    with tempfile.TemporaryDirectory() as scratch, Progress("drill", json_lines=as_json) as progress:
+        report = guard_practice.practise(Path(out or scratch), fault, progress.note)
+    if as_json:
+        click.echo(json.dumps(report))
+    if not report["passed"]:
+        raise _DrillFailed(f"The drill failed: {report['failure']}")
+    if not as_json:
+        done = banner.symbols(sys.stdout.encoding).done
+        where = f" {report['saved']}" if out else ""
+        click.echo(f"{done}Drill passed: saved{where}, exit code 75, resumed, final weights bit-equal.")
+
+
+class _DrillFailed(BrainencError):
+    """What should have saved the training did not."""
+
+
+def _workers(history: History) -> list[str]:
+    if not history.workers:
+        raise UsageError("This run has no guard records: it was started with its guard switched off, or has not begun.")
+    lines = [f"{'worker':12} {'node':16} {'epoch':>5} {'step':>8}  memory   state"]
+    for name, line in sorted(history.workers.items()):
+        fraction = line["numbers"].get("fraction")
+        used = f"{fraction:6.1%}" if fraction is not None else "     -"
+        state = line["leaving"] or line["level"]
+        lines.append(f"{name:12} {line['node'][:16]:16} {line['epoch']:>5} {line['step']:>8}  {used}   {state}")
+    return lines

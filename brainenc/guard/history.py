@@ -1,0 +1,70 @@
+"""What a run's ``guard.jsonl`` and ``metrics.jsonl`` say about it now. Reads files; nothing need run any more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from brainenc import records
+from brainenc.errors import UsageError
+
+
+@dataclass(kw_only=True, slots=True)
+class History:
+    """The last word of everybody, and every incident."""
+
+    workers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Worker -> its last reading or warning."""
+    incidents: list[dict[str, Any]] = field(default_factory=list)
+    """Accounts of the closed ones, one line each."""
+    open_order: dict[str, Any] | None = None
+    """An order whose incident is not over."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    """The last training record."""
+    best: float | None = None
+    """Highest ``val_perf`` so far."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "workers": self.workers, "incidents": self.incidents, "open_order": self.open_order,
+            "progress": self.progress, "best_val_perf": self.best,
+        }  # fmt: skip
+
+
+def read_history(run: str | Path) -> History:
+    """Read a run folder.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    folder = Path(run)
+    found = History()
+    paths = [folder / "guard.jsonl", folder / "metrics.jsonl"]
+    if not any(path.exists() for path in paths):
+        raise UsageError(f"{folder} is no run folder: no guard.jsonl, no metrics.jsonl. Give what --out was.")
+    if paths[0].exists():
+        for line in records.read(paths[0]):
+            _take(found, line)
+    if paths[1].exists():
+        for line in records.read(paths[1]):
+            if line.get("split") == "train":
+                found.progress = line
+            elif isinstance(line.get("val_perf"), float):
+                found.best = max(line["val_perf"], found.best if found.best is not None else line["val_perf"])
+    return found
+
+
+def _take(found: History, line: Mapping[str, Any]) -> None:
+    kind = line.get("kind")
+    if kind == "coordinator" and not line.get("first_incident", 0) > 1:
+        found.open_order = None
+    if kind in ("reading", "warning") and "worker" in line:
+        found.workers[line["worker"]] = dict(line)
+    elif kind == "order":
+        found.open_order = dict(line)
+    elif kind == "incident":
+        found.open_order = None
+        found.incidents = [i for i in found.incidents if i["number"] != line["number"]] + [dict(line)]

@@ -1,0 +1,116 @@
+"""``guard status|probe|drill``, ``doctor`` and ``watch``, as typed."""
+
+import json
+
+import pytest
+
+from brainenc.cli.main import run
+from brainenc.guard.messages import CheckpointAck, WorkerReport
+from brainenc.guard.office import Office
+from brainenc.records import JsonLines
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run of two ranks with one incident, in its second epoch."""
+    office = Office(tmp_path, resume="brainenc train --resume r")
+    numbers = {"used": 91, "limit": 100, "fraction": 0.91}
+    for rank in (0, 1):
+        office.report(WorkerReport(worker=f"rank{rank}", seq=1, node="a", epoch=1, step=7, numbers={"fraction": 0.4}))
+    full = {"level": "critical", "reason": "RAM usage is 91.0%", "numbers": numbers}
+    order = office.report(WorkerReport(worker="rank1", seq=2, node="a", epoch=1, step=8, **full))
+    for rank in (0, 1):
+        ack = CheckpointAck(order_id=order.id, worker=f"rank{rank}", epoch=1, step=8, path="/run/emergency")
+        office.report(WorkerReport(worker=f"rank{rank}", seq=3, node="a", epoch=1, step=8, level="warn", ack=ack,
+                                   numbers={"fraction": 0.86}))  # fmt: skip
+    office.close()
+    with JsonLines(tmp_path / "metrics.jsonl") as lines:
+        lines.write(epoch=1, step=8, split="train", loss=0.5, steps=100)
+        lines.write(epoch=0, step=4, split="val", val_perf=0.3)
+    return tmp_path
+
+
+def test_status_shows_everybody_and_every_incident(run_folder, capsys):
+    assert run(["guard", "status", str(run_folder)]) == 0
+
+    out = capsys.readouterr().out
+    assert "rank0" in out
+    assert "86.0%   warn" in out
+    assert "rank1 on a after step 8: RAM usage is 91.0%" in out
+    assert "Outcome: saved" in out
+
+
+def test_status_as_json(run_folder, capsys):
+    assert run(["guard", "status", str(run_folder), "--json"]) == 0
+
+    found = json.loads(capsys.readouterr().out)
+    assert found["incidents"][0]["checkpoint"] == "/run/emergency"
+    assert found["workers"]["rank1"]["level"] == "warn"
+    assert found["open_order"] is None
+
+
+def test_status_of_no_run_is_wrong_usage(tmp_path, capsys):
+    assert run(["guard", "status", str(tmp_path / "nothing")]) == 2
+    assert "no run folder" in capsys.readouterr().err
+
+
+def test_watch_once_shows_progress_memory_and_incidents(run_folder, capsys):
+    assert run(["watch", str(run_folder), "--once"]) == 0
+
+    out = capsys.readouterr().out
+    assert "epoch 1  step 8/100  loss 0.5000  best val_perf 0.3000" in out
+    assert "rank0        #####################...  86.0%  warn" in out
+    assert "incident 1: RAM usage is 91.0%: saved /run/emergency" in out
+
+
+def test_watch_as_json(run_folder, capsys):
+    assert run(["watch", str(run_folder), "--once", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["best_val_perf"] == 0.3
+
+
+def test_probe_reads_this_machine(capsys):
+    assert run(["guard", "probe", "--json"]) == 0
+
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["ram"]["used"] < found["ram"]["limit"]
+    assert found["level"] in ("ok", "warn", "critical")
+
+
+def test_probe_for_people_says_what_it_would_make_of_it(capsys):
+    assert run(["guard", "probe", "--batch-size", "8"]) == 0
+
+    out = capsys.readouterr().out
+    assert "System Resource Check" in out
+    assert "This is " in out
+
+
+def practise(folder, fault, capsys):
+    assert run(["guard", "drill", "--fault", fault, "--out", str(folder), "--json"]) == 0
+
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["exit_codes"] == [0, 75, 0]
+    assert report["passed"]
+
+
+def test_a_drill_passes_here(tmp_path, capsys):
+    practise(tmp_path, "ram", capsys)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("fault", ["gpu", "oom", "sigterm"])
+def test_every_drill_passes_here(tmp_path, fault, capsys):
+    practise(tmp_path, fault, capsys)
+
+
+def test_doctor_tells_facts_and_troubles(tmp_path, capsys):
+    assert run(["doctor", str(tmp_path), "--json"]) == 0
+
+    found = json.loads(capsys.readouterr().out)
+    assert found["cores"] >= 1
+    assert found["folders"][0]["path"] == str(tmp_path)
+    assert isinstance(found["troubles"], list)
+
+
+def test_doctor_for_people(capsys):
+    assert run(["doctor"]) == 0
+    assert "Memory (what counts is the fullest):" in capsys.readouterr().out
