@@ -207,7 +207,7 @@ def _of_output(shape: tuple[int, ...], tokens: int | None, order: facets.Order) 
     if len(shape) not in (2, 3, 4):
         return set()
     found = {"token"}
-    if len(shape) == 4 or (len(shape) == 3 and shape[1] == tokens):
+    if len(shape) == 4 or (len(shape) == 3 and (shape[1] == tokens or order.n_prefix == 0)):
         found.add("pool")
     if len(shape) == 3 and shape[1] == tokens:
         found |= ({"cls"} if order.n_cls else set()) | ({"registers"} if order.n_registers else set())

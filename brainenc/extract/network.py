@@ -14,7 +14,7 @@ from brainenc.extract.capture import Heads, Watch, watching
 from brainenc.extract.preprocess import Preprocessing
 
 _BLOCK_LISTS = ("layer", "layers", "blocks", "resblocks", "stages", "block")
-_NORMS = ("layernorm", "post_layernorm", "norm", "ln_post", "layer_norm", "ln", "vit.layernorm", "encoder.ln")
+_NORMS = ("layernorm", "post_layernorm", "norm", "ln_post", "layer_norm", "rms_norm", "ln")
 
 
 @dataclass(frozen=True, kw_only=True)

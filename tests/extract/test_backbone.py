@@ -281,6 +281,40 @@ def test_a_checkpoint_with_missing_blocks_is_refused(tmp_path):
         load_backbone(str(tmp_path / "vit"))
 
 
+def test_models_that_take_no_images_are_refused(tmp_path):
+    """A language model is a mistake that is said; so is one whose rows differ from image to image."""
+    transformers.BertModel(transformers.BertConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2,
+                           intermediate_size=12, vocab_size=9)).save_pretrained(tmp_path / "bert")  # fmt: skip
+    transformers.Siglip2VisionModel(
+        transformers.Siglip2VisionConfig(
+            hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
+        )
+    ).save_pretrained(tmp_path / "naflex")
+    with pytest.raises(UsageError, match="takes input_ids and no images"):
+        load_backbone(str(tmp_path / "bert"))
+    with pytest.raises(UsageError, match="no fixed rows"):
+        load_backbone(str(tmp_path / "naflex"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "rows"),
+    [
+        ("Swin", {"patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}, (64, 32)),
+        ("ConvNext", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, (64, 16)),
+        ("ResNet", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}, (64, 16)),
+    ],
+)
+def test_transformers_models_of_falling_resolution(tmp_path, kind, sizes, rows):
+    """Hierarchical and convolutional models of transformers go through the same path: their last stage is a map."""
+    config = getattr(transformers, f"{kind}Config")(image_size=64, **sizes)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / "model")
+    backbone = load_backbone(str(tmp_path / "model"), size_policy="resize", image_size=64)
+    (feature,) = parse_features(["-1.token"], backbone.info)
+    result = backbone.forward(batch(2, 64), [feature])[feature]
+    assert tuple(result.shape[1:]) == backbone.row_shape(feature, (425, 425)) == rows
+    assert backbone.details(feature, (425, 425)) == {"n_prefix": 0, "grid": [8, 8]}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
 def test_autocast_is_a_choice_that_is_written_down(folder, dino, dtype):
     """Half-precision arithmetic stays close to float32, says so in the identity, and cannot be changed twice."""

@@ -50,7 +50,10 @@ def load(name: str, *, slug: str | None, size_policy: str | None, image_size: in
     model, project = _vision_side(whole)
     config: Any = model.config
     kind = str(config.model_type)
-    if "patch_embedding" in kind or kind == "siglip2_vision_model" or _is_naflex(model):
+    wants = str(getattr(model, "main_input_name", "pixel_values"))
+    if wants != "pixel_values":
+        raise UsageError(f"{name} is a {kind} model, which takes {wants} and no images.")
+    if "spatial_shapes" in _arguments(model):
         raise UsageError(f"{name}: models that take flattened patches of any aspect ratio have no fixed rows to store.")
     patch = _edge(getattr(config, "patch_size", 1)) or 1
     patch = 1 if _is_hierarchical(config) else patch
@@ -248,10 +251,6 @@ def _nominal(preprocessing: Preprocessing, config: Any, patch: int) -> tuple[int
 def _is_hierarchical(config: Any) -> bool:
     """Stages of falling resolution: the patch that begins them says nothing about the rows that come out."""
     return bool(getattr(config, "depths", None))
-
-
-def _is_naflex(model: nn.Module) -> bool:
-    return "spatial_shapes" in _arguments(model)
 
 
 def _has_class_token(model: nn.Module) -> bool:
