@@ -56,7 +56,7 @@ def noise_ceiling_file(hemisphere: str) -> str:
 
 def signal_file(split: Split, hemisphere: str) -> str:
     """File of the noiseless responses of a synthetic subject, in the organisers' folder."""
-    return f"{_FOLDER[split]}_split/signal/{hemisphere}_{_FOLDER[split]}_signal.npy"
+    return f"signal/{hemisphere}_{_FOLDER[split]}_signal.npy"
 
 
 def mask_file(hemisphere: str, roi_class: str, space: Literal["challenge", "fsaverage"]) -> str:

@@ -91,6 +91,7 @@ def test_fsaverage_masks_hold_the_challenge_labels_at_all_vertices(made):
         assert everywhere.shape == (163842,)
         assert set(np.unique(everywhere)) == {0, 1}
         assert everywhere.sum() == n
+        assert np.diff(np.flatnonzero(everywhere)).max() > 1  # all over the surface, not its first vertices
         for roi_class in ROI_CLASSES:
             whole = np.load(subject.folder / f"roi_masks/{hemisphere}.{roi_class}_fsaverage_space.npy")
             np.testing.assert_array_equal(whole[everywhere == 1], subject.rois.labels[hemisphere][roi_class])
@@ -123,7 +124,7 @@ def test_the_best_correlation_is_what_the_noiseless_signal_reaches(made):
     subject, truth = made
     reached = []
     for hemisphere in HEMISPHERES:
-        signal = np.load(organiser(subject) / f"training_split/signal/{hemisphere}_training_signal.npy")
+        signal = np.load(organiser(subject) / f"signal/{hemisphere}_training_signal.npy")
         reached.append(scoring.pearson(signal, subject.responses(hemisphere)))
     realised = scoring.val_perf(*reached)
     assert realised == pytest.approx(truth.content["realised"]["train"]["val_perf"], abs=1e-6)
@@ -148,7 +149,7 @@ def test_each_roi_responds_to_its_own_location(made, hemisphere):
     """A linear readout of what the ROI's window sees explains its signal whole; of the opposite place, it does not."""
     subject, truth = made
     maps = local_colours(subject.images("train"))
-    signals = np.load(organiser(subject) / f"training_split/signal/{hemisphere}_training_signal.npy")
+    signals = np.load(organiser(subject) / f"signal/{hemisphere}_training_signal.npy")
     single = subject.rois.queries("rois_all").masks(hemisphere).sum(axis=0) == 1
     own, opposite = [], []
     for name, entry in truth.content["rois"][hemisphere].items():
@@ -169,7 +170,7 @@ def test_overlapping_rois_add_up(made):
     queries = subject.rois.queries("rois_all")
     vertex = int(np.flatnonzero(queries.lh.sum(axis=0) == 2)[0])
     both = [queries.labels[i] for i in np.flatnonzero(queries.lh[:, vertex])]
-    signal = np.load(organiser(subject) / "training_split/signal/lh_training_signal.npy")[:, vertex]
+    signal = np.load(organiser(subject) / "signal/lh_training_signal.npy")[:, vertex]
     entries = [truth.content["rois"]["lh"][roi] for roi in both]
     first, second = (seen_at(maps, e["location"], e["width"]) for e in entries)
     assert unexplained(signal, first, second) < 1e-4
