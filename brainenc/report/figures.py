@@ -166,6 +166,27 @@ def draw_memory(points: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
     return _png(figure)
 
 
+def draw_attention(maps: Mapping[str, Any], planted: Mapping[str, tuple[float, float]]) -> bytes:
+    """A PNG: where each ROI looks, one panel a ROI.
+
+    Args:
+        maps: "lh V1v" -> attention over the image, shape (rows, columns), in the order to be drawn.
+        planted: the same names -> (row, column) of the true location, fractions of the image; drawn as a cross.
+    """
+    columns = 10
+    rows = -(-len(maps) // columns)
+    figure = _figure((11.0, 1.35 * rows))
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (name, attention) in zip(panels, maps.items(), strict=False):
+        axis.imshow(attention, cmap="viridis", extent=(0, 1, 1, 0))
+        if name in planted:
+            axis.plot(planted[name][1], planted[name][0], "+", color="white", markersize=7)
+        axis.set_title(name, fontsize=7)
+    for axis in panels:
+        axis.set_axis_off()
+    return _png(figure)
+
+
 def has_matplotlib() -> bool:
     """Whether pictures can be drawn at all."""
     return importlib.util.find_spec("matplotlib") is not None

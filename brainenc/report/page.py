@@ -55,7 +55,9 @@ def write_report(run: str | Path) -> Path:
         f"<h1>{html.escape(files.path.name)}</h1>",
         _headline(files, subject),
         _facts(files),
+        *_ensemble(files),
         *_accuracy(files, subject, pictures),
+        *_attention(files, subject, pictures),
         *_training(files, subject, pictures),
         *_memory(files, pictures),
         "<h2>Configuration</h2>",
@@ -169,8 +171,38 @@ def _vertices(files: RunFiles, subject: Subject) -> list[str]:
 
 
 def _cells(row: figures.RoiAccuracy) -> str:
-    values = ("–" if v is None else f"{v:.3f}" for v in (row.r, row.ceiling))
-    return "".join(f'<td class="n">{v}</td>' for v in values)
+    return "".join(f'<td class="n">{_number(v)}</td>' for v in (row.r, row.ceiling))
+
+
+def _attention(files: RunFiles, subject: Subject | None, pictures: bool) -> list[str]:
+    maps = files.attention()
+    if not maps or not pictures:
+        return []
+    truth = (subject.truth() if subject else None) or {}
+    rois = truth.get("rois", {})
+    planted = {f"{h} {name}": tuple(entry["location"]) for h in rois for name, entry in rois[h].items()}
+    words = "Mean attention over the images" + ("; the cross is the planted location." if planted else ".")
+    draw = partial(figures.draw_attention, maps, planted)
+    return [f"<h2>Where each ROI looks</h2><p>{words}</p>", _image(draw, "attention per ROI")]
+
+
+def _ensemble(files: RunFiles) -> list[str]:
+    if files.ensemble is None:
+        return []
+    test = files.ensemble.get("test_r") or {}
+    rows = [
+        f"<tr><td>{html.escape(str(run))}</td>"
+        + "".join(f'<td class="n">{files.ensemble["shares"][h][i]:.3f}</td>' for h in HEMISPHERES)
+        + f'<td class="n">{_number(test.get(str(run)))}</td></tr>'
+        for i, run in enumerate(files.ensemble["runs"])
+    ]
+    rows.append(f'<tr><td>together</td><td></td><td></td><td class="n">{_number(test.get("ensemble"))}</td></tr>')
+    head = '<tr><th>run</th><th class="n">lh weight</th><th class="n">rh weight</th><th class="n">test r</th></tr>'
+    return [f"<h2>Ensemble</h2><table>{head}{''.join(rows)}</table>"]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) else "–"
 
 
 def _training(files: RunFiles, subject: Subject | None, pictures: bool) -> list[str]:

@@ -89,6 +89,28 @@ class RunFiles:
         path = self.path / "guard.jsonl"
         return list(records.read(path)) if path.is_file() else []
 
+    def attention(self) -> dict[str, Floats]:
+        """ "lh V1v" -> mean attention over the images, shape (rows, columns), where `brainenc attention` was run."""
+        folder = self.path / "attention"
+        try:
+            axes = json.loads((folder / "attention.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        found: dict[str, Floats] = {}
+        for hemisphere in HEMISPHERES:
+            maps = np.load(folder / f"{hemisphere}_attention.npy", allow_pickle=False).mean(axis=0, dtype=np.float64)
+            found |= {f"{hemisphere} {label}": m for label, m in zip(axes[hemisphere], maps, strict=True)}
+        return found
+
+    @cached_property
+    def ensemble(self) -> dict[str, Any] | None:
+        """``ensemble.json`` of a folder that combines other runs."""
+        try:
+            found = json.loads((self.path / "ensemble.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
 
 def best_correlations(subject: Subject) -> dict[Hemisphere, Floats] | None:
     """The best correlation that each vertex allows, ``sqrt(NC)``, where the noise ceilings are at hand."""

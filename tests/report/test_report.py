@@ -160,3 +160,38 @@ def test_the_command_writes_both_and_prints_where(run, capsys):
 def test_correlations_are_read_where_they_were_kept(run):
     np.testing.assert_allclose(RunFiles(run[0]).correlations("lh"), run[2]["lh"], rtol=1e-6)
     assert RunFiles(run[0]).correlations("lh", "test") is None
+
+
+def test_where_rois_look_is_drawn_against_where_they_were_planted(run):
+    folder = run[0] / "attention"
+    folder.mkdir()
+    labels = [f"roi{i}" for i in range(12)]
+    for hemisphere in ("lh", "rh"):
+        np.save(folder / f"{hemisphere}_attention.npy", np.random.default_rng(0).random((3, 12, 5, 5)))
+    (folder / "attention.json").write_text(json.dumps({"images": ["a", "b", "c"], "lh": labels, "rh": labels}))
+    maps = RunFiles(run[0]).attention()
+    assert list(maps)[::12] == ["lh roi0", "rh roi0"]
+    np.testing.assert_allclose(maps["rh roi4"], np.load(folder / "rh_attention.npy")[:, 4].mean(axis=0))
+    plain = figures.draw_attention(maps, {})
+    assert figures.draw_attention(maps, {"lh roi3": (0.2, 0.7)}) != plain
+    reader = read(page.write_report(run[0]))
+    assert len(reader.images) == 4
+    assert "Where each ROI looks" in "".join(reader.text)
+
+
+def test_a_ridge_has_no_steps_and_an_ensemble_no_metrics_at_all(run):
+    (run[0] / "metrics.jsonl").write_text(
+        json.dumps({"run": 0, "epoch": 0, "step": 0, "split": "val", "loss": 1.2, "val_perf": 0.35}) + "\n"
+    )
+    assert len(read(page.write_report(run[0])).images) == 3
+    for name in ("metrics.jsonl", "scores.json"):
+        (run[0] / name).unlink()
+    content = {
+        "runs": ["a", "b"],
+        "shares": {"lh": [0.25, 0.75], "rh": [0.5, 0.5]},
+        "test_r": {"a": 0.1, "b": 0.2, "ensemble": 0.3},
+    }
+    (run[0] / "ensemble.json").write_text(json.dumps(content))
+    text = " ".join(read(page.write_report(run[0])).text)
+    for number in ("0.250", "0.750", "0.100", "0.300"):
+        assert number in text
