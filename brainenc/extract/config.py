@@ -76,6 +76,8 @@ class ExtractConfig:
     """Ray cluster to join, as :func:`brainenc.addresses.resolve` takes it; None: a local one for this run alone."""
     stage: bool | None = None
     """Treat the store as a mount without a real flush; None: find out."""
+    guard: bool = True
+    """Let a guard watch host memory beside each worker."""
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
@@ -125,6 +127,7 @@ class ExtractJob:
     dtype: str
     on_bad_image: Literal["fail", "null"]
     stage: bool | None = None
+    guard: bool = True
     image_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Stimulus set -> (H, W) of its preprocessed images; an image that comes out otherwise does not fit its rows."""
 

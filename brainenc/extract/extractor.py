@@ -95,7 +95,8 @@ class Extractor:
             with self._open_sinks(task) as sinks:
                 if sinks:
                     self._fill(shard, sinks)
-        except Stopped:
+        except Stopped as why:
+            shard.notes.append(f"stopped: {why}")
             return shard.outcome("stopped")
         except Exception as error:  # told to the driver, which decides what it means for the run
             return shard.outcome("failed", error=_portable(error, task))
@@ -197,8 +198,10 @@ class Extractor:
     def _obey(self, micro_batch: int) -> None:
         """What guard and driver ask for, at a micro-batch boundary."""
         order = self._guard.pending()
-        if self._should_stop() or (order is not None and order.kind == "stop"):
-            raise Stopped
+        if order is not None and order.kind == "stop":
+            raise Stopped(order.reason)
+        if self._should_stop():
+            raise Stopped("asked to")
         if order is not None:
             if order.kind == "shrink":
                 self._shrink((self._ceiling or micro_batch) // 2)

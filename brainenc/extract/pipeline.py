@@ -14,6 +14,7 @@ import pickle
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,9 +22,9 @@ import numpy as np
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.util.annotations import RayDeprecationWarning
 
 from brainenc.addresses import init_options, resolve
-from brainenc.errors import ExtractionFailed
 from brainenc.extract.attempts import AttemptLedger, LedgerState
 from brainenc.extract.config import ExtractConfig, ExtractProgress, ExtractSummary
 from brainenc.extract.estimate import plan_of
@@ -80,12 +81,12 @@ def _drive(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] 
                 if run.stop_reason and ray.get(ledger.state.remote()).active == 0:
                     break  # nobody is at work any more, and nobody begins
         except ray.exceptions.RayError as error:
-            run.stop_reason = run.stop_reason or "Ray gave up"
-            run.failure = ExtractionFailed(f"Ray gave up: {error}. What was sealed stays; the same command goes on.")
+            run.ray_error = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 def _outcomes(tasks: Sequence[ShardTask], found: Survey, ledger: Any) -> Iterator[ShardOutcome]:
-    with DataContext.current(_data_context()):
+    with DataContext.current(_data_context()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # of max_restarts, for which Ray has no other name yet
         resources: dict[str, Any] = _resources(found)
         rows = [{"task": pickle.dumps(task)} for task in tasks]
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -94,6 +95,8 @@ def _outcomes(tasks: Sequence[ShardTask], found: Survey, ledger: Any) -> Iterato
             batch_format="numpy",
             compute=ActorPoolStrategy(size=min(found.actors, len(rows)), max_tasks_in_flight_per_actor=1),
             fn_constructor_args=(pickle.dumps(found.job), ledger),
+            # Without end by default; bounded so that a worker that dies before it can ask the ledger ends the run, too.
+            max_restarts=8 * found.config.max_attempts,
             **resources,
         )
         # Without prefetching, a receipt is seen 0.1 s after its shard is sealed; with it, one shard late.

@@ -172,9 +172,23 @@ class ExtractPlan:
             return None
         return self.startup_s + self.images_left * self.seconds_per_image
 
+    def problem(self) -> str:
+        """Why it does not fit on the store's disk, and what to do; empty if it does."""
+        if self.disk_free_bytes is None or not self.disk_needed_bytes:
+            return ""
+        if self.disk_needed_bytes + SPACE_MARGIN <= self.disk_free_bytes:
+            return ""
+        largest = sorted(self.collections, key=lambda c: -c.bytes_left)[:3]
+        listing = ", ".join(f"{c.key} {format_bytes(c.bytes_left)}" for c in largest)
+        return (
+            f"{self.store} has {format_bytes(self.disk_free_bytes)} free, but {format_bytes(self.disk_needed_bytes)} "
+            f"are still to be written ({listing}). Make space, ask for fewer features, or name a store elsewhere with "
+            "--store."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {**asdict(self), "seconds": self.seconds}
+        return {**asdict(self), "seconds": self.seconds, "problem": self.problem()}
 
     def lines(self) -> list[str]:
         """The plan as people read it."""
@@ -219,14 +233,6 @@ def check_space(plan: ExtractPlan) -> None:
     Raises:
         NoSpace: with what is needed, what is there, and the collections by size.
     """
-    if plan.disk_free_bytes is None or not plan.disk_needed_bytes:
-        return
-    if plan.disk_needed_bytes + SPACE_MARGIN <= plan.disk_free_bytes:
-        return
-    largest = sorted(plan.collections, key=lambda c: -c.bytes_left)[:3]
-    listing = ", ".join(f"{c.key} {format_bytes(c.bytes_left)}" for c in largest)
-    raise NoSpace(
-        f"{plan.store} has {format_bytes(plan.disk_free_bytes)} free, but {format_bytes(plan.disk_needed_bytes)} are "
-        f"still to be written ({listing}). Nothing was started. Make space, ask for fewer features, or name a store "
-        "elsewhere with --store."
-    )
+    problem = plan.problem()
+    if problem:
+        raise NoSpace(f"{problem} Nothing was started.")

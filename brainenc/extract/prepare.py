@@ -70,7 +70,8 @@ class Survey:
         return ExtractJob(
             store=c.store, backbone=c.backbone, slug=c.slug, size_policy=c.size_policy, image_size=c.image_size,
             device=self.device, threads=self.threads, decode_threads=self.decode_threads, compute=c.compute,
-            dtype=c.dtype, on_bad_image=c.on_bad_image, stage=c.stage, image_shapes=dict(self.image_shapes),
+            dtype=c.dtype, on_bad_image=c.on_bad_image, stage=c.stage, guard=c.guard,
+            image_shapes=dict(self.image_shapes),
         )  # fmt: skip
 
 

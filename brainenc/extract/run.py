@@ -29,8 +29,8 @@ class Run:
     started_ray: bool = False
     stop_reason: str = ""
     """Why no more is begun: a signal, the guard, an error that every shard would meet."""
-    failure: Exception | None = None
-    """What ended the run from outside: Ray itself."""
+    ray_error: str = ""
+    """Why Ray gave up, if it did."""
     interrupted: bool = False
     """Ctrl-C rather than a polite signal."""
     _committed: float = field(default_factory=time.monotonic)
@@ -60,6 +60,8 @@ class Run:
         if outcome.first_batch_at:
             self._first_batch_at = min(self._first_batch_at or outcome.first_batch_at, outcome.first_batch_at)
         self._uncommitted |= set(outcome.sealed)
+        if outcome.status == "stopped" and outcome.notes:
+            self.stop_reason = self.stop_reason or outcome.notes[-1].removeprefix("stopped: ")
         if outcome.error is not None:
             self.stop_reason = self.stop_reason or f"shard {outcome.task} failed"
         if time.monotonic() - self._committed >= self.config.commit_every_s:
@@ -85,10 +87,16 @@ class Run:
         undone = [o for o in self.outcomes if o.status != "sealed"]
         done = len(self.outcomes) - len(undone)
         left = len(self.tasks) - done
+        if left and self.ray_error:
+            raise ExtractionFailed(
+                f"Workers kept dying until Ray gave up ({self.ray_error}), with {left} of {len(self.tasks)} shards "
+                f"undone. {explain_deaths(self.ledger.deaths if self.ledger else ())} What was sealed stays; the same "
+                "command goes on."
+            )
         if left and self.ledger is not None and "died" in self.ledger.stop:
             raise ExtractionFailed(
-                f"{self.ledger.stop.capitalize()}, so the run was ended with {left} of {len(self.tasks)} shards undone."
-                f" {explain_deaths(self.ledger.deaths)} What was sealed stays; the same command goes on."
+                f"{self.ledger.stop.capitalize()}, so the run was ended with {left} of {len(self.tasks)} shards "
+                f"undone. {explain_deaths(self.ledger.deaths)} What was sealed stays; the same command goes on."
             )
         quarantined = [o.task for o in undone if o.status == "quarantined"]
         if quarantined:
@@ -113,7 +121,7 @@ class Run:
         return self._summary()
 
     def _raise_first_error(self) -> None:
-        error = next((o.error for o in self.outcomes if o.error is not None), self.failure)
+        error = next((o.error for o in self.outcomes if o.error is not None), None)
         if error is not None:
             raise error
 

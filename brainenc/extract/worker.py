@@ -6,6 +6,7 @@ a worker that dies of loading it is counted like any other.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import traceback
@@ -18,8 +19,9 @@ from brainenc.extract.config import ExtractJob
 from brainenc.extract.extractor import Extractor
 from brainenc.extract.outcome import ShardOutcome
 from brainenc.extract.plan import ShardTask
-from brainenc.guard.messages import StepGuard
+from brainenc.guard.messages import NullGuard, StepGuard
 from brainenc.guard.probe import Probe, anonymous_bytes
+from brainenc.guard.worker import NoLink, WorkerGuard, WorkerGuardConfig
 
 SAMPLE_S = 0.1
 REPORT_S = 0.5
@@ -52,11 +54,11 @@ class Worker:
         job: what is the same for all shards.
         ledger: asked before every shard.
         name: unique among workers, also among restarts of the same actor.
-        guard: passed on to the extractor.
     """
 
-    def __init__(self, job: ExtractJob, ledger: Ledger, *, name: str, guard: StepGuard | None = None) -> None:
-        self._job, self._ledger, self._guard = job, ledger, guard
+    def __init__(self, job: ExtractJob, ledger: Ledger, *, name: str) -> None:
+        self._job, self._ledger = job, ledger
+        self._open = contextlib.ExitStack()
         self._extractor: Extractor | None = None
         self._stop = threading.Event()
         self._closing = threading.Event()
@@ -81,15 +83,15 @@ class Worker:
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
-        if self._extractor is not None:
-            self._extractor.close()
+        self._open.close()
 
     def _extract(self, task: ShardTask) -> ShardOutcome:
         try:
             if self._extractor is None:
                 self._extractor = Extractor(
-                    self._job, guard=self._guard, should_stop=self._stop.is_set, on_batch=self._before_batch
+                    self._job, guard=self._guarded(), should_stop=self._stop.is_set, on_batch=self._before_batch
                 )
+                self._open.callback(self._extractor.close)
                 with self._lock:
                     self._reading = replace(self._reading, loaded_bytes=anonymous_bytes(os.getpid()))
         except Exception as error:  # a backbone that does not load fails every shard; the driver decides
@@ -99,6 +101,14 @@ class Worker:
             )
             return ShardOutcome(task=task.name, status="failed", error=portable)
         return self._extractor.extract(task)
+
+    def _guarded(self) -> StepGuard:
+        """A guard of this worker alone: host memory that gets short halves the micro-batch, and if need be stops."""
+        if not self._job.guard:
+            return NullGuard()
+        config = WorkerGuardConfig(on_critical="shrink")
+        guard = WorkerGuard(self._reading.worker, config, NoLink(), role="extract", uuids=())
+        return self._open.enter_context(guard)
 
     def _before_batch(self, rows: int, micro_batch: int) -> None:
         """Told before each pass: if it is this worker's last, the ledger knows how large it was."""

@@ -16,7 +16,7 @@ from brainenc.extract.miniature import save_miniature
 from brainenc.extract.prepare import create, survey
 from brainenc.featurestore.store import open_store
 from tests.extract.conftest import draw_image, save_images, tree
-from tests.extract.killing import finish, kill, family, receipts, start, wait_for
+from tests.extract.killing import family, finish, kill, receipts, start, wait_for
 from tests.extract.test_extractor import configured
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Images and a backbone that keep a core busy for some seconds, and what an undisturbed single process makes of them."""
+    """Images and a backbone that keep a core busy for some seconds, and what one undisturbed process makes of them."""
     root = tmp_path_factory.mktemp("work")
     images = save_images(root / "set", 96, size=224)
     backbone = save_miniature("dinov2", root / "mini", hidden_size=96, num_hidden_layers=6)
@@ -165,9 +165,12 @@ def test_a_worker_that_is_killed_is_replaced_and_the_bytes_are_the_same(tmp_path
 def test_workers_that_keep_dying_end_the_run_with_what_they_took(tmp_path, work):
     config, _ = work
 
+    seen: set = set()
+
     def kill_all(end):
         while not end.wait(0.01):
-            if list((tmp_path / "s").rglob("*.partial")):
+            if set((tmp_path / "s").rglob("*.partial")) - seen:
+                seen.update((tmp_path / "s").rglob("*.partial"))
                 time.sleep(0.05)
                 kill(ray_workers())
 
