@@ -35,7 +35,7 @@ def sine_position(hidden: int, grid: tuple[int, int], temperature: float = 10000
             "a sine and a cosine each for rows and columns. Choose another hidden width."
         )
     half = hidden // 2
-    wavelength = temperature ** (2 * torch.div(torch.arange(half), 2, rounding_mode="floor") / half)
+    wavelength = temperature ** (2 * torch.div(torch.arange(half, device="cpu"), 2, rounding_mode="floor") / half)
     y, x = (_alternate(_scaled(n)[:, None] / wavelength) for n in grid)
     h, w = grid
     both = torch.cat([y[:, None, :].expand(h, w, half), x[None, :, :].expand(h, w, half)], dim=-1)
@@ -43,7 +43,7 @@ def sine_position(hidden: int, grid: tuple[int, int], temperature: float = 10000
 
 
 def _scaled(n: int) -> Tensor:
-    counts = torch.arange(1, n + 1, dtype=torch.float32)
+    counts = torch.arange(1, n + 1, dtype=torch.float32, device="cpu")
     return counts / (counts[-1] + 1e-6) * (2 * math.pi)
 
 

@@ -66,11 +66,14 @@ class QueryReadout(nn.Module):
 class VertexReadout(QueryReadout):
     """``voxels``: vertex v from token v alone."""
 
-    def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """(B, n, D) -> (B, n), for the vertices from ``start``."""
-        stop = start + tokens.shape[1]
-        weight, bias = self.weight[start:stop], self.bias[start:stop]
-        return torch.einsum("bvd,vd->bv", tokens, weight.to(tokens.dtype)).float() + bias
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, V, D) -> (B, V)."""
+        return read_own_rows(tokens, self.weight, self.bias)
+
+
+def read_own_rows(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Token v times weight row v, plus bias v: (B, n, D), (n, D), (n,) -> (B, n) float32. Nothing of shape n x n."""
+    return torch.einsum("bvd,vd->bv", tokens, weight.to(tokens.dtype)).float() + bias
 
 
 class RoiReadout(QueryReadout):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from brainenc.datasets.rois import HEMISPHERES, RoiQueries
 from brainenc.errors import UsageError
-from brainenc.train.readout import QueryReadout, build_readout
+from brainenc.train.readout import QueryReadout, build_readout, read_own_rows
 
 ENCODERS = ("transformer", "custom_transformer", "spatial_feature", "linear")
 PIECE = 1024
@@ -142,28 +142,30 @@ class QueryEncoder(BrainEncoder):
             features = self.input_proj(features)
         return features.flatten(2).transpose(1, 2)
 
-    def _read_out(self, tokens_of: Callable[[slice], Tensor]) -> tuple[Tensor, Tensor]:
+    def _read_out(self, embed: Tensor, tokens_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Predict from query tokens.
 
         Args:
-            tokens_of: the tokens (B, n, D) of a range of queries. Called piece by piece where there is a query per
+            embed: what each query has learned, array of shape (Q, any).
+            tokens_of: tokens (B, n, D) of n rows of ``embed``. Called piece by piece where there is a query per
                 vertex, and once more in the backward pass, so that one piece at a time is in memory.
         """
         n_lh, n_rh = self.n_queries
+        lh, rh = embed[:n_lh], embed[n_lh : n_lh + n_rh]
         if self.queries.per_vertex:
-            return self._by_pieces(tokens_of, "lh", 0, n_lh), self._by_pieces(tokens_of, "rh", n_lh, n_rh)
-        tokens = tokens_of(slice(0, n_lh + n_rh))
+            return self._by_pieces(lh, tokens_of, "lh"), self._by_pieces(rh, tokens_of, "rh")
+        tokens = tokens_of(embed)
         return self.lh_embed(tokens[:, :n_lh]), self.rh_embed(tokens[:, n_lh:])
 
-    def _by_pieces(self, tokens_of: Callable[[slice], Tensor], hemisphere: str, offset: int, n: int) -> Tensor:
+    def _by_pieces(self, embed: Tensor, tokens_of: Callable[[Tensor], Tensor], hemisphere: str) -> Tensor:
         readout = self.readout(hemisphere)
 
-        def piece(start: int, stop: int) -> Tensor:
-            predicted: Tensor = readout(tokens_of(slice(offset + start, offset + stop)), start)
-            return predicted
+        def piece(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return read_own_rows(tokens_of(rows), weight, bias)
 
-        bounds = [(start, min(start + PIECE, n)) for start in range(0, n, PIECE)]
-        return torch.cat([checkpoint(piece, *b, use_reentrant=False) for b in bounds], dim=1)
+        # Split once: the gradient of a slice would be as large as the whole, for every piece.
+        pieces = zip(*(torch.split(x, PIECE) for x in (embed, readout.weight, readout.bias)), strict=True)
+        return torch.cat([checkpoint(piece, *rows, use_reentrant=False) for rows in pieces], dim=1)
 
     @abstractmethod
     def attention_of(self, features: Tensor, rows: slice) -> Tensor:

@@ -26,7 +26,7 @@ class SpatialFeatureEncoder(QueryEncoder):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         self._check(features)
         memory = self._tokens(features)
-        return self._read_out(lambda rows: torch.matmul(self.spatial_embed.weight[rows].softmax(dim=-1), memory))
+        return self._read_out(self.spatial_embed.weight, lambda maps: torch.matmul(maps.softmax(dim=-1), memory))
 
     def attention_of(self, features: Tensor, rows: slice) -> Tensor:
         self._check(features)

@@ -170,7 +170,7 @@ class TransformerEncoder(QueryEncoder):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         memory, position = self._memory(features)
-        return self._read_out(lambda rows: self.decoder(self.query_embed.weight[rows], memory, position))
+        return self._read_out(self.query_embed.weight, lambda embed: self.decoder(embed, memory, position))
 
     def attention_of(self, features: Tensor, rows: slice) -> Tensor:
         memory, position = self._memory(features)
