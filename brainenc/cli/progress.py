@@ -14,6 +14,8 @@ LIVE_S = 0.1
 """Shortest time between two redraws of the live line."""
 LOG_S = 15.0
 """Shortest time between two lines in a log: an overnight job should leave pages, not megabytes."""
+QUICK_S = 2.0
+"""What is done sooner leaves no line in a log: its result says it all."""
 
 
 class Progress:
@@ -39,7 +41,8 @@ class Progress:
         self._live = self._stream.isatty() and not json_lines
         self._every = LIVE_S if self._live else LOG_S
         self._started = clock()
-        self._shown = -float("inf")
+        self._shown = -float("inf") if self._live or json_lines else self._started - LOG_S + QUICK_S
+        self._behind = False
         self._width = 0
         self._last: tuple[float, float | None, dict[str, Any]] | None = None
 
@@ -47,11 +50,11 @@ class Progress:
         """Say how far it is: ``done`` of ``total``, and figures to show beside it, in this order."""
         self._last = (done, total, figures)
         now = self._clock()
-        finished = total is not None and done >= total
-        if now - self._shown < self._every and not finished:
-            return
-        self._shown = now
-        self._write(done, total, figures)
+        finished = total is not None and done >= total and (self._live or self._json or now - self._started >= QUICK_S)
+        self._behind = now - self._shown < self._every and not finished
+        if not self._behind:
+            self._shown = now
+            self._write(done, total, figures)
 
     def note(self, text: str) -> None:
         """A line that stays."""
@@ -59,11 +62,14 @@ class Progress:
         self._print(json.dumps({"command": self._label, "note": text}) if self._json else text)
 
     def close(self) -> None:
-        """Show the last figures and end the live line."""
-        if self._last is not None and self._live:
+        """Show the last figures, if they were not shown yet, and end the live line."""
+        slow = self._live or self._json or self._clock() - self._started >= QUICK_S
+        if self._last is not None and self._behind and slow:
             self._write(*self._last)
+        if self._last is not None and self._live:
             self._stream.write("\n")
             self._stream.flush()
+        self._behind = False
         self._last, self._width = None, 0
 
     def __enter__(self) -> Progress:

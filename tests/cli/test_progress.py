@@ -46,6 +46,7 @@ def test_a_log_gets_few_lines_and_the_last_state():
 def test_time_left_follows_the_rate():
     clock, stream = Clock(), io.StringIO()
     progress = Progress("train", stream=stream, clock=clock)
+    progress.update(0, 4)
     clock.now = 20.0
     progress.update(1, 4)
 
@@ -66,3 +67,17 @@ def test_a_note_does_not_mix_with_the_live_line():
         progress.note("shard 3 is done by somebody else")
 
     assert "\rshard 3 is done by somebody else\n" in stream.getvalue()
+
+
+def test_what_is_quick_leaves_no_line_in_a_log():
+    assert run(io.StringIO(), steps=10, seconds=0.1) == ""
+
+
+def test_a_log_ends_with_the_last_figures_even_of_what_was_cut_short():
+    clock, stream = Clock(), io.StringIO()
+    with Progress("extract", stream=stream, clock=clock) as progress:
+        for done in range(20):
+            clock.now = done
+            progress.update(done, 100)
+
+    assert stream.getvalue().splitlines()[-1].startswith("extract: 19/100")
