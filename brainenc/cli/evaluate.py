@@ -28,7 +28,7 @@ Example:
 def command(run: str, part: Any, device: str, as_json: bool) -> None:
     """Score a run per hemisphere, ROI and stream, with its best weights."""
     from brainenc.train.evaluate import evaluate, open_run
-    from brainenc.train.mirror import run_to_look_at
+    from brainenc.train.elsewhere import run_to_look_at
 
     with run_to_look_at(run) as folder, Progress("evaluate", json_lines=as_json) as progress:
         opened = open_run(folder, device=device)

@@ -55,7 +55,7 @@ def command(as_json: bool, resume_run: str | None, **options: Any) -> int:
 @contextmanager
 def _worked_on(run: str | None, new: bool, progress: Progress) -> Iterator[dict[str, str]]:
     """``out``, as training takes it: a local folder, sent on where the run is to be elsewhere."""
-    from brainenc.train.mirror import local_run
+    from brainenc.train.elsewhere import local_run
 
     if run is None:  # refused with all else that is lacking
         yield {}

@@ -13,7 +13,7 @@ import torch
 
 from brainenc import atomic
 from brainenc.datasets.algonauts import Subject
-from brainenc.errors import DataError
+from brainenc.errors import DataError, UsageError
 from brainenc.scoring import StreamingPearson
 from brainenc.train.config import TrainConfig
 from brainenc.train.data import Samples
@@ -50,6 +50,11 @@ def open_run(run: str | Path, *, device: str = "auto", open_views: OpenViews | N
     """
     folder = RunFolder(Path(run).absolute())
     config = folder.config()
+    if config.encoder.encoder == "ridge":
+        raise UsageError(
+            f"{folder.path} is a ridge run: it has no weights to load. Its scores are in {folder.scores_file.name}, "
+            "its predictions in predictions/."
+        )
     if folder.split_file.exists():
         config = replace(config, split=str(folder.split_file))
     views = open_views or StoredViews(config)

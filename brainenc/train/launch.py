@@ -122,6 +122,8 @@ def _ignore(_: object) -> None:
 
 
 def _launch(config: TrainConfig, views: OpenViews, progress: Progress, note: Note) -> TrainResult:
+    if config.encoder.encoder == "ridge":
+        return _ridge(config, views, progress, note)
     workers = Workers.parse(config.workers) if config.workers else default_workers()
     orders.clear(RunFolder(config.out))
     try:
@@ -137,6 +139,17 @@ def _launch(config: TrainConfig, views: OpenViews, progress: Progress, note: Not
         status=outcome.status, run_folder=config.out, epoch=outcome.position.epoch, step=outcome.position.step,
         val_perf=best, reason=outcome.reason, checkpoint=outcome.checkpoint, save_s=outcome.save_s, error=outcome.error,
     )  # fmt: skip
+
+
+def _ridge(config: TrainConfig, views: OpenViews, progress: Progress, note: Note) -> TrainResult:
+    """The baseline: solved, not trained; in this process."""
+    from brainenc.train.ridge_run import run_ridge
+
+    try:
+        perf = run_ridge(config, views, progress=progress, note=note)
+    except BrainencError as error:
+        return _failed(config, error)
+    return TrainResult(status="done", run_folder=config.out, epoch=0, step=0, val_perf=perf)
 
 
 def _failed(config: TrainConfig, error: BrainencError) -> TrainResult:

@@ -78,6 +78,9 @@ class Hooks:
     clock: Callable[[], float] = time.monotonic
 
 
+_UNSAVED_BORNE = 2
+"""Checkpoints that may fail before the run is ended for it."""
+
 Status = Literal["done", "stopped", "failed"]
 
 
@@ -125,6 +128,7 @@ class Fit:
         self._failure = ""
         """What went wrong here since the last exchange."""
         self._broken = False
+        self._unsaved = 0
         self._torn = False
         self._order: Order | None = None
         self._on_the_spot = ""
@@ -139,8 +143,19 @@ class Fit:
             ended = self._train_epoch(epoch) or self._validate(epoch)
             if ended is not None:
                 return ended
+        return self._done()
+
+    def _done(self) -> Outcome:
+        """All epochs are trained and validated; the run is done if its last checkpoint is durable."""
         self._saver.wait()
-        return Outcome(status="done", position=self.position)
+        error = self._saver.failure()
+        unsaved = next((text for text in self._team.exchange_text(_told(error) if error else "") if text), "")
+        if not unsaved:
+            return Outcome(status="done", position=self.position)
+        return Outcome(
+            status="failed", position=self.position, reason=unsaved,
+            error=TrainingFailed(f"Training ended, but its last checkpoint could not be written: {unsaved}"),
+        )  # fmt: skip
 
     def _train_epoch(self, epoch: int) -> Outcome | None:
         first, last = self.position.step, (epoch + 1) * self._steps_per_epoch
@@ -183,17 +198,37 @@ class Fit:
                 return ended
 
     def _word(self) -> Word:
-        if not self._broken:
+        if not self._broken and self._unsaved <= _UNSAVED_BORNE:
             self._failure = ""
+        self._hear_saver()
         now = self._hooks.clock()
         first = self._team.rank == 0 and not self._saver.busy
         return Word(
             step=self.position.step,
-            trouble=Trouble.BROKEN if self._broken else Trouble.NONE,
+            trouble=self._standing_trouble(),
             micro_batch=self._stepper.micro_batch,
             snapshot=int(first and self._saver.can_snapshot and self._snapshots.due(now)),
             save=int(first and self._checkpoints.due(now)),
         )
+
+    def _standing_trouble(self) -> Trouble:
+        if self._broken:
+            return Trouble.BROKEN
+        if self._unsaved > _UNSAVED_BORNE:
+            return Trouble.ERROR
+        return Trouble.NONE
+
+    def _hear_saver(self) -> None:
+        """Whether writing in the background goes well."""
+        if (error := self._saver.failure()) is not None:
+            self._not_saved(error)
+
+    def _not_saved(self, error: Exception) -> None:
+        """One failure is borne, because disks of others come back; then the run ends while it still can be saved."""
+        self._unsaved += 1
+        self._hooks.note(f"A checkpoint could not be written at step {self.position.step}: {_told(error)}")
+        if self._unsaved > _UNSAVED_BORNE:
+            self._failure = f"checkpoints could not be written {self._unsaved} times: {_told(error)}"
 
     def _with_wishes(self, word: Word) -> Word:
         """Ask the guard, as late as possible before the exchange."""
@@ -304,7 +339,10 @@ class Fit:
 
     def _checkpoint(self, *, best: bool = False) -> None:
         if self._team.rank == 0:
-            self._saver.checkpoint(self._contents(), best=best)
+            try:
+                self._saver.checkpoint(self._contents(), best=best)
+            except (OSError, BrainencError) as error:
+                self._not_saved(error)
         now = self._hooks.clock()
         self._checkpoints.done(now, 0.0)
         self._snapshots.done(now, 0.0)
@@ -378,10 +416,9 @@ class Fit:
 
     def _settle(self) -> None:
         """A write in hand may fail now without harm: the emergency checkpoint is newer."""
-        try:
-            self._saver.wait()
-        except Exception as error:
-            self._hooks.note(f"A checkpoint in the background failed: {error}")
+        self._saver.wait()
+        if (error := self._saver.failure()) is not None:
+            self._hooks.note(f"A checkpoint in the background failed: {_told(error)}")
 
     def _contents(self) -> Contents:
         position = replace(self.position, micro_batch=self._stepper.micro_batch)

@@ -74,7 +74,7 @@ class Saver:
         """Write a regular checkpoint, in the background where there is memory for a copy.
 
         Raises:
-            Exception: what the write before failed with; or this one, when it is not in the background.
+            OSError: it could not be written, when it is not in the background; else :meth:`failure` has it.
         """
         if self._copy is None:
             self._regular(contents, best)
@@ -139,8 +139,12 @@ class Saver:
             return
 
     def wait(self) -> None:
-        """Wait for what is being written, and raise what went wrong."""
+        """Wait for what is being written."""
         self._background.wait()
+
+    def failure(self) -> Exception | None:
+        """What could not be written in the background since this was asked last."""
+        return self._background.failure()
 
     def clean(self) -> None:
         """Remove this machine's snapshots: the run is done."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -69,14 +68,12 @@ def _copy_into(target: Any, source: Any) -> None:
 
 
 class Background:
-    """One thread that does one job at a time; its failure is heard at the next call. Worker, training thread."""
+    """One thread that does one job at a time; what went wrong is asked for. Worker, training thread."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self.took_s = 0.0
-        """Seconds that the last job took."""
+        self._error: Exception | None = None
 
     @property
     def busy(self) -> bool:
@@ -84,29 +81,24 @@ class Background:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, job: Callable[[], None]) -> None:
-        """Run a job, after the one before it has ended.
-
-        Raises:
-            BaseException: what the job before raised.
-        """
+        """Run a job, after the one before it has ended."""
         self.wait()
         self._thread = threading.Thread(target=self._run, args=(job,), name=self._name, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the job in hand, and raise what it raised."""
+        """Wait for the job in hand."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if (error := self._error) is not None:
-            self._error = None
-            raise error
+
+    def failure(self) -> Exception | None:
+        """What a job has raised since this was asked last."""
+        error, self._error = self._error, None
+        return error
 
     def _run(self, job: Callable[[], None]) -> None:
-        started = time.perf_counter()
         try:
             job()
-        except BaseException as error:
+        except Exception as error:
             self._error = error
-        finally:
-            self.took_s = time.perf_counter() - started

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from brainenc.cli.train_options import preset_feature
-from brainenc.errors import UnknownName, UsageError
+from brainenc.errors import NoSpace, UnknownName, UsageError
 from brainenc.guard.messages import NullGuard
+from brainenc.train import checkpoint
 from brainenc.train.config import TrainConfig
 from brainenc.train.drills import Drills, Planned
 from brainenc.train.launch import train
@@ -145,3 +146,28 @@ def test_figures_of_a_step_are_sensible(small, tmp_path):
             assert line["samples_per_s"] > 0
             assert 0 <= line["data_wait_share"] <= 1
             assert math.isfinite(line["loss"])
+
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_checkpoint_that_cannot_be_written_is_borne_and_many_are_not(small, tmp_path, monkeypatch, times):
+    """A disk that is full for a while costs a note; one that stays so ends the run, saved elsewhere."""
+    left, plain = [times], checkpoint.write
+
+    def full(root, contents, **kwargs):
+        if root.name == "checkpoints" and left[0]:
+            left[0] -= 1
+            raise NoSpace(28, "No space left for a checkpoint")
+        return plain(root, contents, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    notes = []
+
+    result = train(small.config(tmp_path / "run", epochs=6, predict=False), note=notes.append)
+
+    assert any("could not be written" in note for note in notes)
+    if times == 1:
+        assert result.status == "done"
+    else:
+        assert result.status == "failed"
+        assert "No space left" in str(result.error)
+        assert ".snapshots" in result.checkpoint
