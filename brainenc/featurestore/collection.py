@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from brainenc.errors import CorruptData, ProvenanceMismatch, ShardSealed
 from brainenc.featurestore import commit, layout
+from brainenc.featurestore.documents import Json
 from brainenc.featurestore.formats import shard_format
 from brainenc.featurestore.inspection import LocalBytes, PlaceBytes, inspect
 from brainenc.featurestore.places.base import Doubting, Place, ShardCache
-from brainenc.featurestore.schema import CollectionSpec, Json, Manifest, Receipt, ShardEntry, differences
+from brainenc.featurestore.schema import CollectionSpec, Manifest, Receipt, ShardEntry, differences
+from brainenc.featurestore.staged import look_back
 from brainenc.featurestore.stimuli import StimulusSet
 from brainenc.featurestore.writer import ShardWriter
 
@@ -116,7 +118,7 @@ class Collection:
         """
         receipts, shards = self.found()
         if isinstance(self.place, Doubting) and not self._looked_back:
-            receipts -= self._look_back(receipts, self.place)
+            receipts -= look_back(self, receipts, self.place)
             self._looked_back = True
         return receipts | {shard for shard in shards - receipts if self.adopt(shard) is not None}
 
@@ -305,23 +307,6 @@ class Collection:
             return Manifest(spec=manifest.spec, shards=kept)
 
         commit.advance(self.place, self.key, without)
-
-    def _look_back(self, receipts: Iterable[int], place: Doubting) -> frozenset[int]:
-        """Read back what is in doubt; confirm it or drop it. Returns what was dropped."""
-        doubtful = [shard for shard in sorted(receipts) if place.doubtful(self._shard_file(shard))]
-        lost = frozenset(shard for shard in doubtful if not self._is_whole(shard))
-        if lost:
-            log.warning("%d shards of %s did not arrive whole and will be made again", len(lost), self.key)
-            self.drop(lost)
-        place.confirm(self._shard_file(shard) for shard in doubtful if shard not in lost)
-        return lost
-
-    def _is_whole(self, shard: int) -> bool:
-        try:
-            return self.receipt(shard) == self.inspect(shard)
-        except (CorruptData, FileNotFoundError) as error:
-            log.warning("%s", error)
-            return False
 
     def _extended(self, manifest: Manifest, receipts: Iterable[int]) -> Manifest:
         known = {entry.shard for entry in manifest.shards}

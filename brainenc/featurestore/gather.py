@@ -26,17 +26,25 @@ class Run:
     """First row of the buffer."""
 
 
-def runs(rows: np.ndarray, rows_per_shard: int, row_bytes: int) -> list[Run]:
-    """Cut a list of rows of a collection, in the order wanted, into runs."""
+def runs(rows: np.ndarray, rows_per_shard: int, row_bytes: int, targets: np.ndarray | None = None) -> list[Run]:
+    """Cut a list of rows of a collection, in the order wanted, into runs.
+
+    Args:
+        rows: of the collection.
+        rows_per_shard: of the collection.
+        row_bytes: bytes of one row.
+        targets: rows of the buffer, one for each of ``rows``; None: 0, 1, 2 ...
+    """
     if not len(rows):
         return []
     shards, local = np.divmod(rows, rows_per_shard)
+    targets = np.arange(len(rows)) if targets is None else targets
     longest = max(1, _PIECE_BYTES // max(row_bytes, 1))
-    breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(shards) != 0)) + 1
+    breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(shards) != 0) | (np.diff(targets) != 1)) + 1
     starts = np.concatenate([[0], breaks])
     ends = np.concatenate([breaks, [len(rows)]])
     return [
-        Run(int(shards[at]), int(local[at]), int(min(longest, end - at)), int(at))
+        Run(int(shards[at]), int(local[at]), int(min(longest, end - at)), int(targets[at]))
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
         for at in range(start, end, longest)
     ]

@@ -18,9 +18,10 @@ import xxhash
 
 from brainenc.errors import CorruptData
 from brainenc.featurestore.checksums import BlockHasher, digest
+from brainenc.featurestore.documents import canonical
 from brainenc.featurestore.formats.base import ShardFormat
 from brainenc.featurestore.places.base import Place
-from brainenc.featurestore.schema import CollectionSpec, Note, Receipt, canonical
+from brainenc.featurestore.schema import CollectionSpec, Note, Receipt
 
 _LOCAL_READ, _REMOTE_READ = 1 << 22, 1 << 24
 _FRAME_ZERO = b"0" * 32

@@ -7,7 +7,7 @@ from typing import Any
 from brainenc.errors import CorruptData
 from brainenc.featurestore import commit
 from brainenc.featurestore.collection import Collection
-from brainenc.featurestore.schema import Json, canonical
+from brainenc.featurestore.documents import Json, canonical
 from brainenc.featurestore.store import FeatureStore
 
 

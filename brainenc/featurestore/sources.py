@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from brainenc.errors import CorruptData
+from brainenc.errors import CacheTooSmall, CorruptData
 from brainenc.featurestore.checksums import digest
 from brainenc.featurestore.collection import Collection
 from brainenc.featurestore.dtypes import logical_dtype, storage_dtype
@@ -52,6 +52,24 @@ class Source(Protocol):
     def release(self) -> None:
         """Give back maps, files and what was fetched ahead."""
         ...
+
+
+def open_source(collection: Collection, manifest: Manifest, cache: ShardCache | None, verify: bool) -> Source:
+    """How a collection is best read: in place, by whole copies if the cache holds them all, else by verified ranges.
+
+    Raises:
+        CacheTooSmall: the cache could not hold one shard.
+    """
+    if verify:
+        return RangedSource(collection, manifest)
+    if collection.place.can.mappable:
+        return LocalSource(collection, manifest, None)
+    sizes = [entry.bytes for entry in manifest.shards]
+    if cache is not None and sizes and cache.budget < max(sizes):
+        raise CacheTooSmall(max(sizes), cache.budget, f"{collection.key} in {collection.place.url}")
+    if cache is not None and sum(sizes) <= cache.budget:
+        return LocalSource(collection, manifest, cache)
+    return RangedSource(collection, manifest)
 
 
 class _ForkAware:

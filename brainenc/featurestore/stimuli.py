@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from brainenc.errors import CorruptData, DataError
 from brainenc.featurestore.checksums import digest
+from brainenc.featurestore.documents import canonical
 from brainenc.featurestore.layout import check_stimuli_name
-from brainenc.featurestore.schema import canonical
 
 _SCHEMA = pa.schema([("id", pa.string()), ("uri", pa.string()), ("size", pa.int64()), ("stamp", pa.string())])
 _SHOWN = 5  # differences spelled out in a message

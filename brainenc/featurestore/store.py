@@ -10,11 +10,13 @@ from typing import Any
 from brainenc.errors import KeyNotFound, NotAStore, StimuliChanged, UnknownName
 from brainenc.featurestore import layout
 from brainenc.featurestore.collection import Collection
+from brainenc.featurestore.documents import canonical, read_document, write_document
 from brainenc.featurestore.dtypes import logical_dtype
 from brainenc.featurestore.external import ExternalWriter
 from brainenc.featurestore.formats import shard_format
+from brainenc.featurestore.joined import JoinedView
 from brainenc.featurestore.places import Place, ShardCache, open_place
-from brainenc.featurestore.schema import CollectionSpec, canonical, read_document, write_document
+from brainenc.featurestore.schema import CollectionSpec
 from brainenc.featurestore.stimuli import StimulusSet
 from brainenc.featurestore.view import FeatureView
 
@@ -171,6 +173,27 @@ class FeatureStore:
         if found is None:
             raise KeyNotFound(key, self.url, self.keys())
         return found
+
+    def join(
+        self, feature: str, *, ids: Iterable[str] | None = None, stimuli: Iterable[str] | None = None
+    ) -> JoinedView:
+        """One feature of several stimulus sets, read as one by stimulus id.
+
+        Args:
+            feature: ``<backbone>/<layer>.<facet>``.
+            ids: stimuli in the order wanted; None: all there are.
+            stimuli: the sets to look in, in this order; None: all that have the feature.
+
+        Raises:
+            KeyNotFound: no set has this feature, or one that was named has not.
+            UnknownName: no set has an id.
+            ProvenanceMismatch: the sets' features were not made in the same way.
+        """
+        names = [name for name in self.place.folders() if f"{name}/{feature}" in self] if stimuli is None else stimuli
+        parts = [self[f"{name}/{feature}"] for name in names]
+        if not parts:
+            raise KeyNotFound(feature, self.url, self.keys())
+        return JoinedView.of(parts, ids)
 
     def writer(
         self, key: str, *, ids: Iterable[str], row_shape: tuple[int, ...], dtype: str = "float16",

@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from brainenc.errors import CacheTooSmall, Incomplete, KeyNotFound, MissingRow, UnknownName, UsageError
+from brainenc.errors import Incomplete, KeyNotFound, MissingRow, UnknownName, UsageError
 from brainenc.featurestore import commit
 from brainenc.featurestore.buffers import as_buffer
 from brainenc.featurestore.collection import Collection
+from brainenc.featurestore.documents import Json
 from brainenc.featurestore.dtypes import logical_dtype
 from brainenc.featurestore.gather import Run, default_threads, in_parallel, runs
 from brainenc.featurestore.places.base import Place, ShardCache
-from brainenc.featurestore.schema import Json, Manifest
-from brainenc.featurestore.sources import LocalSource, RangedSource, Source
+from brainenc.featurestore.rows import as_rows, per_shard, present_rows
+from brainenc.featurestore.schema import CollectionSpec, Manifest
+from brainenc.featurestore.sources import RangedSource, Source, open_source
 
 _SMALL_RUN = 32 << 10
 """Rows shorter than this are copied from maps by NumPy: a system call for each would cost more than the bytes."""
@@ -32,7 +34,7 @@ class FeatureView:
                  cache: ShardCache | None, rows: np.ndarray | None = None) -> None:  # fmt: skip
         self._collection, self._number, self._manifest = collection, number, manifest
         self._source, self._cache, self._rows = source, cache, rows
-        self._here = _present(manifest)
+        self._here = present_rows(manifest)
         self._row_bytes = manifest.spec.shard(0).row_bytes
 
     @classmethod
@@ -56,7 +58,7 @@ class FeatureView:
         if current is None:
             raise KeyNotFound(key, place.url)
         collection = Collection(place, key, current.manifest.spec, cache)
-        source = _source(collection, current.manifest, cache, verify)
+        source = open_source(collection, current.manifest, cache, verify)
         return cls(collection, current.number, current.manifest, source, cache, rows)
 
     @property
@@ -94,6 +96,11 @@ class FeatureView:
     def identity(self) -> Json:
         """What makes these features these features."""
         return self._manifest.spec.identity
+
+    @property
+    def spec(self) -> CollectionSpec:
+        """What the collection's first manifest fixed."""
+        return self._manifest.spec
 
     @property
     def nbytes(self) -> int:
@@ -185,9 +192,13 @@ class FeatureView:
         verify = isinstance(self._source, RangedSource)
         return _reopen, (self._collection.place, self.key, self._cache, self._number, self._rows, verify)
 
-    def _copy(self, rows: np.ndarray, buffer: np.ndarray, threads: int) -> None:
-        todo = runs(rows, self._manifest.spec.rows_per_shard, self._row_bytes)
-        if len(rows) * self._row_bytes < _SMALL_RUN * len(todo) and self._copy_from_maps(rows, buffer):
+    def copy_rows(self, indices: npt.ArrayLike, buffer: np.ndarray, targets: np.ndarray) -> None:
+        """Copy rows to chosen rows of a larger buffer: for views made of several."""
+        self._copy(self._resolve(indices), buffer, default_threads(), targets)
+
+    def _copy(self, rows: np.ndarray, buffer: np.ndarray, threads: int, targets: np.ndarray | None = None) -> None:
+        todo = runs(rows, self._manifest.spec.rows_per_shard, self._row_bytes, targets)
+        if len(rows) * self._row_bytes < _SMALL_RUN * len(todo) and self._copy_from_maps(rows, buffer, targets):
             return
         flat = memoryview(buffer.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
@@ -197,14 +208,14 @@ class FeatureView:
 
         in_parallel(copy, todo, threads)
 
-    def _copy_from_maps(self, rows: np.ndarray, buffer: np.ndarray) -> bool:
+    def _copy_from_maps(self, rows: np.ndarray, buffer: np.ndarray, targets: np.ndarray | None) -> bool:
         shards, local = np.divmod(rows, self._manifest.spec.rows_per_shard)
         for shard in np.unique(shards):
             mapped = self._source.map(int(shard))
             if mapped is None:
                 return False
-            targets = np.flatnonzero(shards == shard)
-            buffer[targets] = mapped[local[targets]]
+            chosen = np.flatnonzero(shards == shard)
+            buffer[chosen if targets is None else targets[chosen]] = mapped[local[chosen]]
         return True
 
     def _slice(self, rows: np.ndarray) -> np.ndarray:
@@ -225,27 +236,13 @@ class FeatureView:
             return np.asarray(row[rest])
         rows = self._resolve(np.arange(len(self))[index])
         parts = [
-            self._slice(part)[(slice(None), *rest)] for part in _per_shard(rows, self._manifest.spec.rows_per_shard)
+            self._slice(part)[(slice(None), *rest)] for part in per_shard(rows, self._manifest.spec.rows_per_shard)
         ]
         empty = np.empty((0, *self.shape[1:]), self.dtype)[(slice(None), *rest)]
         return np.concatenate(parts) if parts else empty
 
     def _indices(self, indices: npt.ArrayLike | None) -> np.ndarray:
-        """Rows of this view as non-negative integers."""
-        chosen = np.asarray(indices)
-        if chosen.dtype == bool:
-            if chosen.shape != (len(self),):
-                raise IndexError(f"a mask of shape ({len(self)},) is wanted, one of {chosen.shape} came.")
-            chosen = np.flatnonzero(chosen)
-        if chosen.size == 0:
-            return np.empty(0, np.int64)
-        if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
-            raise IndexError(f"rows are chosen by a list of integers; this is {chosen.dtype} of shape {chosen.shape}.")
-        chosen = chosen.astype(np.int64)
-        if chosen.min() < -len(self) or chosen.max() >= len(self):
-            bad = chosen.max() if chosen.max() >= len(self) else chosen.min()
-            raise IndexError(f"row {bad} of {self.key}: it has {len(self)} rows.")
-        return np.where(chosen < 0, chosen + len(self), chosen)
+        return as_rows(indices, len(self), self.key)
 
     def _resolve(self, indices: npt.ArrayLike) -> np.ndarray:
         """Rows of the collection, all of which can be read."""
@@ -271,31 +268,6 @@ class FeatureView:
         except KeyError as error:
             first = [*self._collection.stimuli.ids[:3], "..."]
             raise UnknownName("stimulus", str(error.args[0]), first, self.key) from None
-
-
-def _present(manifest: Manifest) -> np.ndarray:
-    here, per_shard = np.zeros(manifest.spec.n_rows, bool), manifest.spec.rows_per_shard
-    for entry in manifest.shards:
-        here[entry.shard * per_shard : entry.shard * per_shard + entry.rows] = True
-        here[list(entry.missing)] = False
-    return here
-
-
-def _per_shard(rows: np.ndarray, rows_per_shard: int) -> list[np.ndarray]:
-    return np.split(rows, np.flatnonzero(np.diff(rows // rows_per_shard)) + 1) if len(rows) else []
-
-
-def _source(collection: Collection, manifest: Manifest, cache: ShardCache | None, verify: bool) -> Source:
-    if verify:
-        return RangedSource(collection, manifest)
-    if collection.place.can.mappable:
-        return LocalSource(collection, manifest, None)
-    sizes = [entry.bytes for entry in manifest.shards]
-    if cache is not None and sizes and cache.budget < max(sizes):
-        raise CacheTooSmall(max(sizes), cache.budget, f"{collection.key} in {collection.place.url}")
-    if cache is not None and sum(sizes) <= cache.budget:
-        return LocalSource(collection, manifest, cache)
-    return RangedSource(collection, manifest)
 
 
 def _at(place: Place, key: str, number: int) -> commit.Commit | None:

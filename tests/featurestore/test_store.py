@@ -18,7 +18,7 @@ from brainenc.errors import (
     ValueNotStorable,
 )
 from brainenc.featurestore import Stimulus, StimulusSet, open_store
-from brainenc.featurestore.schema import write_document
+from brainenc.featurestore.documents import write_document
 from tests.featurestore.making import KEY, fill, ids, make_collection, stimuli, tree, values
 
 
