@@ -33,9 +33,9 @@ Memory is bytes of tensors alive at most in forward and backward, parameters and
 operator by operator on the `meta` device: the published formulation would not fit in this machine. Counting and
 computing are compared at a smaller size.
 
-What did not work: gathering weight rows per ROI (the backward of the gathers costs what is saved); computing keys and
-values by one convolution (the copies that split them again cost the gain); absorbing the projections over the whole
-batch at once (the same operations, but its softmax and dropout walk through memory).
+What did not work: slices of the readout's weights in autograd (each gradient is an array as large as all weights);
+moving the projections to the queries over the whole batch at once (the same operations, but softmax and dropout then
+walk through memory: 0.77 s a step, still with MKL's products, where image by image takes 0.37 s).
 """
 
 HIDDEN, GRID, BATCH, VERTICES, N_ROIS = 768, (31, 31), 16, (19_004, 20_544), 24

@@ -33,6 +33,11 @@ def build_encoder(config: EncoderConfig, queries: RoiQueries, *, channels: int, 
         UnknownName: no such encoder.
         UsageError: encoder and readout, or widths and heads, do not go together.
     """
+    if config.encoder == "ridge":
+        raise UsageError(
+            "A ridge run keeps predictions, penalties and scores, not weights: its validation scores are in "
+            "scores.json and its predictions in predictions/. Ridge is fitted by `brainenc train --encoder ridge`."
+        )
     if config.encoder not in _CLASSES:
         raise UnknownName("encoder", config.encoder, ENCODERS)
     if config.readout != queries.readout:
