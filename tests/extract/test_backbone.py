@@ -168,6 +168,18 @@ def test_other_sizes_of_a_model_with_one_size(tmp_path):
     assert shape == (13, 48) == tuple(compute(padded, torch.randn(1, 3, 48, 64), "0.q")["0.q"].shape[1:])
 
 
+def test_other_sizes_of_a_model_of_timm(tmp_path):
+    """A timm transformer is built for another size, or for any, and its convolutional networks take any as they are."""
+    saved = backbone_string("timm", save_miniature("timm", tmp_path / "vit", model="test_vit"))
+    assert load_backbone(saved, image_size=96).row_shape(Feature("0", "q"), (425, 425)) == (37, 64)
+    padded = load_backbone(saved, size_policy="pad")
+    assert padded.input_shape((50, 70)) == (64, 80)
+    shape = padded.row_shape(Feature("0", "q"), (50, 70))
+    assert shape == (21, 64) == tuple(compute(padded, torch.randn(1, 3, 64, 80), "0.q")["0.q"].shape[1:])
+    network = backbone_string("timm", save_miniature("timm", tmp_path / "conv", model="test_resnet"))
+    assert load_backbone(network, image_size=96).input_shape((425, 425)) == (96, 96)
+
+
 def test_any_module_by_its_dotted_name(resnet):
     """A convolution inside a residual block gives its own output as rows, equal to a plain forward hook's."""
     model, inputs, seen = resnet.network.model, torch.randn(2, 3, 64, 96), {}

@@ -26,9 +26,9 @@ FAMILIES = {
     "clip_vision": ({}, True),
     "open_clip": ({}, True),
     "open_clip qk_norm": ({"block_type": "custom", "qk_norm": True}, False),
-    "timm vit_tiny_patch16_224": ({}, True),
+    "timm test_vit": ({}, True),
+    "timm test_vit2": ({}, True),  # a register and no class token
     "timm eva02_tiny_patch14_224": ({}, False),
-    "timm vit_small_patch16_dinov3": ({}, False),
 }
 SMALL = list(FAMILIES)
 
@@ -110,13 +110,14 @@ def test_class_token_registers_and_pool_are_parts_of_the_tokens(family):
     offered = info.layer_facets["1"]
     got = {f.facet: x for f, x in backbone.forward(batch, parse_features([f"1.{f}" for f in offered], info)).items()}
     assert torch.equal(got["pool"], got["token"][:, info.n_prefix :].mean(dim=1))
-    assert ("cls" in offered) == (info.n_prefix > 0)
+    n_cls = info.n_prefix - info.n_registers
+    assert ("cls" in offered) == (n_cls > 0)
     if "cls" in offered:
         assert torch.equal(got["cls"], got["token"][:, 0])
         assert torch.equal(got["q_cls"], got["q"][:, 0])
     assert ("registers" in offered) == (info.n_registers > 0)
     if "registers" in offered:
-        assert torch.equal(got["registers"], got["token"][:, 1 : 1 + info.n_registers])
+        assert torch.equal(got["registers"], got["token"][:, n_cls : info.n_prefix])
 
 
 def test_row_shapes_are_known_before_anything_runs(family):
@@ -138,6 +139,15 @@ def test_row_shapes_are_known_before_anything_runs(family):
 def one(backbone, batch, text):
     (result,) = backbone.forward(batch, parse_features([text], backbone.info)).values()
     return result
+
+
+def test_numbers_do_not_depend_on_what_else_is_asked(family):
+    """A feature alone, and among many, is the same to the bit: a layer added later agrees with the first."""
+    backbone, _ = family
+    inputs = batch_for(backbone)
+    many = backbone.forward(inputs, parse_features(["*.token", "*.q", "*.v"], backbone.info))
+    for feature in parse_features(["0.q", "-1.v", "-1.token"], backbone.info):
+        assert torch.equal(backbone.forward(inputs, [feature])[feature], many[feature])
 
 
 def test_the_attention_kernel_is_untouched_when_nobody_watches(family):

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from brainenc.errors import UsageError
+from brainenc.extract.backbones.hub import cache_only_if_unreachable
 from brainenc.extract.network import Network
 from brainenc.extract.presets import find_preset, names_preset
 
@@ -26,7 +27,8 @@ def load_network(
     prefix, colon, rest = name.partition(":")
     source, rest = (prefix, rest) if colon and prefix in SOURCES else ("transformers", name)
     module = import_module(f"brainenc.extract.backbones.{source}")
-    network: Network = module.load(rest, slug=slug, size_policy=size_policy, image_size=image_size)
+    with cache_only_if_unreachable():
+        network: Network = module.load(rest, slug=slug, size_policy=size_policy, image_size=image_size)
     return network
 
 
