@@ -27,8 +27,8 @@ Example:
 @click.option("--json", "as_json", is_flag=True, help="Print all scores as JSON.")
 def command(run: str, part: Any, device: str, as_json: bool) -> None:
     """Score a run per hemisphere, ROI and stream, with its best weights."""
-    from brainenc.train.evaluate import evaluate, open_run
     from brainenc.train.elsewhere import run_to_look_at
+    from brainenc.train.evaluate import evaluate, open_run
 
     with run_to_look_at(run) as folder, Progress("evaluate", json_lines=as_json) as progress:
         opened = open_run(folder, device=device)

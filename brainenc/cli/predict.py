@@ -21,8 +21,8 @@ Example:
 @click.option("--json", "as_json", is_flag=True, help="Print the paths as JSON.")
 def command(run: str, out: Path | None, device: str, as_json: bool) -> None:
     """Predict responses to the test images: lh_pred_test.npy and rh_pred_test.npy, float32."""
-    from brainenc.train.evaluate import open_run, predict
     from brainenc.train.elsewhere import run_to_look_at
+    from brainenc.train.evaluate import open_run, predict
 
     with run_to_look_at(run) as folder:
         written = predict(open_run(folder, device=device), out)

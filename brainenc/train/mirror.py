@@ -19,25 +19,22 @@ import logging
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from brainenc import atomic
-from brainenc.errors import BrainencError, StoreError, UsageError
+from brainenc.errors import BrainencError, StoreError
 from brainenc.featurestore.download import download
-from brainenc.featurestore.places import local_path
 from brainenc.featurestore.places.base import Place
-from brainenc.featurestore.places.mount import MountPlace, needs_staging
-from brainenc.featurestore.places.object import ObjectPlace
-from brainenc.featurestore.places.scratch import cache_root
 
 log = logging.getLogger(__name__)
 
 EVERY_S = 30.0
 """Between two times that records are sent. GCS allows one write a second to an object."""
 _LOOK_S = 2.0
+_GROWING = (".jsonl", ".log")
 _MARK, _STATE, _CHECKPOINTS, _MANIFEST = "mirror.json", ".mirror.json", "checkpoints", "manifest.json"
 
 
@@ -76,11 +73,15 @@ class RunMirror:
         target: where the run is to be.
         folder: where it is worked on.
         every_s: seconds between two times that records are sent.
+        owner: whose name is on the run, where other machines of the same run send too; None: this folder's own.
     """
 
-    def __init__(self, target: Target, folder: Path, *, every_s: float = EVERY_S) -> None:
+    def __init__(self, target: Target, folder: Path, *, every_s: float = EVERY_S, owner: str | None = None) -> None:
         self.target, self.folder, self._every_s = target, folder, every_s
         self._state = self._load_state()
+        if owner is not None and (self._state is None or self._state.owner != owner):
+            shutil.rmtree(folder, ignore_errors=True)  # of another time
+            self._state = _State(owner=owner)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._sending = threading.Lock()
@@ -90,6 +91,12 @@ class RunMirror:
     def has_run(self) -> bool:
         """Whether there is a run at the target."""
         return self.target.size("config.yaml") is not None
+
+    @property
+    def owner(self) -> str:
+        """Whose name this folder puts on the run."""
+        assert self._state is not None, "claimed before"
+        return self._state.owner
 
     def is_ours(self) -> bool:
         """Whether this folder has everything that is at the target."""
@@ -103,15 +110,53 @@ class RunMirror:
         for entry in self.target.list():
             if entry.name == _MARK:
                 continue
-            path = self.folder / entry.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
-                download(self.target, entry.name, file.fileno(), entry.size)
-            state.sent[entry.name] = _stamp(path)
+            self._take(entry.name, entry.size)
+            state.sent[entry.name] = _stamp(self.folder / entry.name)
         for manifest in (self.folder / _CHECKPOINTS).glob(f"*/{_MANIFEST}"):
             state.checkpoints[manifest.parent.name] = _digest(manifest)
         self._state = state
         self._save_state(state)
+
+    def merge(self) -> None:
+        """Take what other machines of the same run have sent and this one lacks: after a rank has moved between them.
+
+        Checkpoints that are not here (and were not pruned here), records that have grown, pointers that point further.
+        """
+        state = self._state
+        assert state is not None, "a run of this owner"
+        atomic.make_dirs(self.folder)
+        there = {entry.name: entry.size for entry in self.target.list() if entry.name != _MARK}
+        whole = {name.split("/")[1] for name in there if name.endswith(f"/{_MANIFEST}")}
+        for name in whole - state.checkpoints.keys():
+            for file in (one for one in there if one.startswith(f"{_CHECKPOINTS}/{name}/")):
+                self._take(file, there[file])
+            state.checkpoints[name] = _digest(self.folder / _CHECKPOINTS / name / _MANIFEST)
+        for file in (one for one in there if one.count("/") < 2 and self._is_news(one, there[one])):
+            self._take(file, there[file])
+            state.sent[file] = _stamp(self.folder / file)
+        self._save_state(state)
+
+    def _is_news(self, name: str, size: int) -> bool:
+        path = self.folder / name
+        if not path.exists():
+            return not name.startswith("predictions/")
+        if path.suffix in _GROWING:
+            return size > path.stat().st_size
+        if path.parent.name != _CHECKPOINTS:
+            return False
+        try:
+            here, there = json.loads(path.read_bytes()), json.loads(self.target.read(name))
+        except ValueError:
+            return True
+        return bool(there.get("step", 0) > here.get("step", 0))
+
+    def _take(self, name: str, size: int) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = atomic.partial_name(path)
+        with open(aside, "wb") as file:
+            download(self.target, name, file.fileno(), size)
+        aside.replace(path)
 
     # ---- sending
 
@@ -202,12 +247,19 @@ class RunMirror:
             with contextlib.suppress(FileNotFoundError):  # pruned under our hands; the next push removes it there
                 digest = _digest(manifest)
                 if state.checkpoints.get(name) != digest:
-                    self._push_checkpoint(manifest.parent)
+                    if not self._is_there(name, manifest):  # a rank on this machine may have taken it from there
+                        self._push_checkpoint(manifest.parent)
                     state.checkpoints[name] = digest
                     self._save_state(state)
         for name in sorted(state.checkpoints.keys() - here.keys()):
             self._remove_checkpoint(name)
             del state.checkpoints[name]
+
+    def _is_there(self, name: str, manifest: Path) -> bool:
+        try:
+            return self.target.read(f"{_CHECKPOINTS}/{name}/{_MANIFEST}") == manifest.read_bytes()
+        except FileNotFoundError:
+            return not manifest.exists()
 
     def _push_checkpoint(self, folder: Path) -> None:
         prefix = f"{_CHECKPOINTS}/{folder.name}"
@@ -228,7 +280,8 @@ class RunMirror:
             with contextlib.suppress(FileNotFoundError):
                 stamp = _stamp(path)
                 if state.sent.get(name) != stamp:
-                    self.target.replace_file(name, path)
+                    if path.suffix not in _GROWING or (self.target.size(name) or 0) <= stamp[0]:
+                        self.target.replace_file(name, path)  # else another machine's are longer
                     state.sent[name] = stamp
 
     def _files(self) -> Iterator[tuple[str, Path]]:
@@ -257,87 +310,6 @@ class RunMirror:
 
     def _save_state(self, state: _State) -> None:
         atomic.replace(self.folder / _STATE, json.dumps(asdict(state)).encode())
-
-
-def is_elsewhere(run: str | Path) -> bool:
-    """Whether a run folder's address is one that cannot be worked on in place."""
-    path = local_path(str(run))
-    return path is None or needs_staging(path)
-
-
-@contextlib.contextmanager
-def local_run(
-    run: str | Path, *, new: bool = False, note: Callable[[str], None] = lambda text: None, every_s: float = EVERY_S
-) -> Iterator[Path]:
-    """The local folder of a run to train in, its own if it is local.
-
-    Args:
-        run: folder or URL.
-        new: a new run; else one that goes on.
-        note: called with lines for a person.
-        every_s: seconds between two times that records are sent.
-
-    Raises:
-        UsageError: there is a run already, or none.
-        TransferFailed, TakenOver: at the end, what was not sent; it lies in the local folder.
-    """
-    if not is_elsewhere(run):
-        yield Path(run)
-        return
-    target, folder = _open(run)
-    mirror = RunMirror(target, folder, every_s=every_s)
-    _prepare(mirror, new)
-    sent = "handed over, not confirmed" if isinstance(target, MountPlace) else "sent"
-    note(f"{target.url} is worked on in {folder}; every {every_s:.0f} s, and after each checkpoint, it is {sent}.")
-    with mirror:
-        yield folder
-
-
-@contextlib.contextmanager
-def run_to_look_at(run: str | Path) -> Iterator[Path]:
-    """The local folder of a run to read and add results to, while it may be going on somewhere.
-
-    Raises:
-        UsageError: there is no run.
-    """
-    if not is_elsewhere(run):
-        yield Path(run)
-        return
-    target, folder = _open(run)
-    mirror = RunMirror(target, folder)
-    if not mirror.is_ours():
-        mirror = RunMirror(target, folder.with_name(f"{folder.name}.look"))
-        _refuse_unless_there(mirror)
-        mirror.fetch()
-    before = mirror.stamps()
-    yield mirror.folder
-    mirror.push_changed(before)
-
-
-def _open(run: str | Path) -> tuple[Target, Path]:
-    path = local_path(str(run))
-    target: Target = MountPlace.open(path, create=True) if path is not None else ObjectPlace.open(str(run), create=True)
-    tag = hashlib.sha256(target.url.encode()).hexdigest()[:12]
-    return target, cache_root() / "runs" / f"{target.url.rstrip('/').rpartition('/')[2]}-{tag}"
-
-
-def _prepare(mirror: RunMirror, new: bool) -> None:
-    if new and mirror.has_run():
-        raise UsageError(
-            f"{mirror.target.url} holds a run already. Go on with it by `brainenc train --resume {mirror.target.url}`, "
-            "or choose another --out."
-        )
-    if new:
-        shutil.rmtree(mirror.folder, ignore_errors=True)  # of a run that was never sent
-        return
-    if not mirror.is_ours():
-        _refuse_unless_there(mirror)
-        mirror.fetch()
-
-
-def _refuse_unless_there(mirror: RunMirror) -> None:
-    if not mirror.has_run():
-        raise UsageError(f"{mirror.target.url} is no run folder: it has no config.yaml. Give what --out was.")
 
 
 def _stamp(path: Path) -> list[int]:

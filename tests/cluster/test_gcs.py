@@ -1,4 +1,4 @@
-"""The whole path with store and run folder in a bucket, every process killed on the way: nothing is lost, nothing twice."""
+"""The whole path in a bucket, every process killed on the way: nothing is lost, nothing is there twice."""
 
 import hashlib
 import json

@@ -11,7 +11,8 @@ from brainenc.featurestore.places.mount import MountPlace
 from brainenc.featurestore.places.object import ObjectPlace
 from brainenc.featurestore.services.generic import FsspecService
 from brainenc.featurestore.services.patience import Patience
-from brainenc.train.mirror import RunMirror, TakenOver, local_run, run_to_look_at
+from brainenc.train.elsewhere import elsewhere, local_run, on_this_node, run_to_look_at
+from brainenc.train.mirror import RunMirror, TakenOver
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,11 @@ def checkpoint(folder, name, weights=b"weights"):
 def begin(folder):
     (folder / "config.yaml").write_text("seed: 0\n")
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+
+
+def append(folder, line):
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(f"{line}\n")
 
 
 def names(url):
@@ -154,11 +160,11 @@ def test_whoever_was_overtaken_sends_nothing_more(url, other_machine):
     RunMirror(ObjectPlace(url), folder).push()
     other_machine()
     with local_run(url) as theirs:
-        (theirs / "metrics.jsonl").write_text("theirs\n")
-    (folder / "metrics.jsonl").write_text("ours\n")
+        append(theirs, "theirs")
+    append(folder, "ours")
     with pytest.raises(TakenOver, match="gone on with by another machine"):
         ours.__exit__(None, None, None)
-    assert ObjectPlace(url).read("metrics.jsonl") == b"theirs\n"
+    assert ObjectPlace(url).read("metrics.jsonl").endswith(b"theirs\n")
 
 
 def test_a_run_is_not_begun_twice_and_not_gone_on_with_where_there_is_none(url):
@@ -199,12 +205,12 @@ def test_a_place_that_fails_is_tried_again_and_the_end_says_what_is_not_there(ur
     place = ObjectPlace(url, service=service, patience=Patience(deadline_s=0.2, first_wait_s=0.05))
     with RunMirror(place, folder, every_s=0.05):
         service.down.set()
-        (folder / "metrics.jsonl").write_text("more\n")
+        append(folder, "more")
         time.sleep(0.5)
         service.down.clear()
-    assert place.read("metrics.jsonl") == b"more\n"
+    assert place.read("metrics.jsonl").endswith(b"more\n")
     mirror = RunMirror(place, folder, every_s=60).__enter__()
-    (folder / "metrics.jsonl").write_text("even more\n")
+    append(folder, "even more")
     service.down.set()
     with pytest.raises(TransferFailed, match=r"metrics\.jsonl"):
         mirror.__exit__(None)
@@ -222,7 +228,7 @@ def test_an_error_in_training_is_not_hidden_by_one_in_sending(url):
 
 
 def test_a_drive_is_handed_to_and_says_so(tmp_path, monkeypatch, other_machine):
-    monkeypatch.setattr("brainenc.train.mirror.needs_staging", lambda path: True)
+    monkeypatch.setattr("brainenc.train.elsewhere.needs_staging", lambda path: True)
     notes = []
     with local_run(tmp_path / "drive" / "run", new=True, note=notes.append) as folder:
         begin(folder)
@@ -233,3 +239,82 @@ def test_a_drive_is_handed_to_and_says_so(tmp_path, monkeypatch, other_machine):
     assert MountPlace.open(tmp_path / "drive" / "run").doubtful("config.yaml") is True
     with local_run(tmp_path / "drive" / "run") as again:
         assert (again / "config.yaml").exists()
+
+
+class TestNodes:
+    """Workers on several machines of one run, whose disks they do not share."""
+
+    def test_a_local_run_is_where_it_is(self, tmp_path):
+        (tmp_path / "run").mkdir()
+        assert elsewhere(tmp_path / "run") is None
+        with on_this_node(None) as folder:
+            assert folder is None
+
+    def test_on_the_drivers_machine_workers_use_the_drivers_folder(self, url):
+        with local_run(url, new=True) as folder:
+            begin(folder)
+            with on_this_node(elsewhere(folder)) as worked_on:
+                assert worked_on == folder
+
+    def test_what_a_rank_on_another_machine_makes_arrives_and_moves_with_the_rank(self, url, other_machine):
+        """Rank 0 on node b, then on node c, then on the driver's own; the driver goes on from all of it."""
+        with local_run(url, new=True) as folder:
+            begin(folder)
+            run = elsewhere(folder)
+            other_machine("machine-b")
+            with on_this_node(run) as on_b:
+                assert on_b != folder
+                assert (on_b / "config.yaml").exists()
+                checkpoint(on_b, "epoch0_step5")
+                with open(on_b / "metrics.jsonl", "a") as file:
+                    file.write('{"step": 5}\n')
+            other_machine("machine-c")
+            with on_this_node(run) as on_c:
+                assert (on_c / "checkpoints/epoch0_step5/model.safetensors").exists()
+                checkpoint(on_c, "epoch1_step9")
+                (on_c / "checkpoints/last.json").write_text('{"checkpoint": "epoch1_step9", "step": 9}')
+            other_machine("machine-a")
+            with on_this_node(run) as on_a:
+                assert on_a == folder
+                assert (on_a / "checkpoints/epoch1_step9/manifest.json").exists()
+                assert json.loads((on_a / "checkpoints/last.json").read_text())["step"] == 9
+                assert (on_a / "metrics.jsonl").read_text().count("\n") == 2
+        assert [name for name in names(url) if name.endswith("manifest.json")] == [
+            "checkpoints/epoch0_step5/manifest.json", "checkpoints/epoch1_step9/manifest.json"
+        ]  # fmt: skip
+
+    def test_the_driver_does_not_put_its_old_records_over_newer_ones(self, url, other_machine):
+        with local_run(url, new=True) as folder:
+            begin(folder)
+            run = elsewhere(folder)
+            other_machine("machine-b")
+            with on_this_node(run) as on_b:
+                (on_b / "metrics.jsonl").write_text("long and newer records\n" * 3)
+            other_machine("machine-a")
+        assert ObjectPlace(url).read("metrics.jsonl").startswith(b"long and newer")
+        with local_run(url) as again:
+            assert (again / "metrics.jsonl").read_text().startswith("long and newer")
+
+    def test_what_a_killed_worker_left_on_its_node_is_sent_by_the_next_one(self, url, other_machine):
+        with local_run(url, new=True) as folder:
+            begin(folder)
+            run = elsewhere(folder)
+            other_machine("machine-b")
+            with on_this_node(run) as on_b:
+                pass
+            checkpoint(on_b, "emergency_epoch0_step3")  # its process was killed before it was sent
+            with on_this_node(run):
+                pass
+            assert "checkpoints/emergency_epoch0_step3/manifest.json" in names(url)
+            other_machine("machine-a")
+
+    def test_what_was_pruned_on_one_node_does_not_come_back(self, url, other_machine):
+        import shutil
+
+        with local_run(url, new=True) as folder:
+            begin(folder)
+            checkpoint(folder, "epoch0_step5")
+            run = elsewhere(folder)
+            shutil.rmtree(folder / "checkpoints/epoch0_step5")
+            with on_this_node(run):
+                assert not (folder / "checkpoints/epoch0_step5").exists()

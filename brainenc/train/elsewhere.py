@@ -1,0 +1,160 @@
+"""Runs whose folder is not a local one: where they are worked on, here and on the nodes of a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from brainenc.errors import UsageError
+from brainenc.featurestore.places import local_path
+from brainenc.featurestore.places.mount import MountPlace, needs_staging
+from brainenc.featurestore.places.object import ObjectPlace
+from brainenc.featurestore.places.scratch import cache_root
+from brainenc.train.mirror import EVERY_S, RunMirror, Target
+
+_ADDRESS = ".elsewhere"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Elsewhere:
+    """What a worker has to know of a run whose folder is not on a disk that all nodes share."""
+
+    address: str
+    """Of the run."""
+    owner: str
+    """Whose name is on it."""
+    folder: str
+    """Where the driver works on it."""
+    host: str
+    """The driver's machine and cache: who shares both, shares the folder."""
+
+
+def is_elsewhere(run: str | Path) -> bool:
+    """Whether a run folder's address is one that cannot be worked on in place."""
+    path = local_path(str(run))
+    return path is None or needs_staging(path)
+
+
+@contextlib.contextmanager
+def local_run(
+    run: str | Path, *, new: bool = False, note: Callable[[str], None] = lambda text: None, every_s: float = EVERY_S
+) -> Iterator[Path]:
+    """The local folder of a run to train in, its own if it is local.
+
+    Args:
+        run: folder or URL.
+        new: a new run; else one that goes on.
+        note: called with lines for a person.
+        every_s: seconds between two times that records are sent.
+
+    Raises:
+        UsageError: there is a run already, or none.
+        TransferFailed, TakenOver: at the end, what was not sent; it lies in the local folder.
+    """
+    if not is_elsewhere(run):
+        yield Path(run)
+        return
+    target, folder = _open(run)
+    mirror = RunMirror(target, folder, every_s=every_s)
+    _prepare(mirror, new)
+    sent = "handed over, not confirmed" if isinstance(target, MountPlace) else "sent"
+    note(f"{target.url} is worked on in {folder}; every {every_s:.0f} s, and after each checkpoint, it is {sent}.")
+    with mirror:
+        (folder / _ADDRESS).write_text(str(run))
+        yield folder
+
+
+def elsewhere(folder: Path) -> Elsewhere | None:
+    """For the driver to hand to its workers: where the run in this local folder belongs, None if it is here.
+
+    Sends what the driver has made so far, which workers on other nodes begin from.
+    """
+    try:
+        address = (folder / _ADDRESS).read_text()
+    except FileNotFoundError:
+        return None
+    mirror = RunMirror(_open(address)[0], folder)
+    mirror.push()
+    return Elsewhere(address=address, owner=mirror.owner, folder=str(folder), host=_host())
+
+
+@contextlib.contextmanager
+def on_this_node(run: Elsewhere | None, *, every_s: float = EVERY_S) -> Iterator[Path | None]:
+    """The local folder of a run for one worker, with the newest of what any node has sent in it.
+
+    On the driver's node that is the driver's own folder, which the driver sends. On another one it is a folder of its
+    own, sent by this process: checkpoints as they become whole, records every 30 s and at the end.
+
+    Yields:
+        The folder; None where the run's own path will do.
+    """
+    if run is None:
+        yield None
+        return
+    target, folder = _open(run.address)
+    if run.host == _host():
+        RunMirror(target, Path(run.folder), owner=run.owner).merge()
+        yield Path(run.folder)
+        return
+    mirror = RunMirror(target, folder, owner=run.owner, every_s=every_s)
+    mirror.merge()
+    with mirror:
+        yield folder
+
+
+def _host() -> str:
+    return f"{os.uname().nodename}:{cache_root().absolute()}"
+
+
+@contextlib.contextmanager
+def run_to_look_at(run: str | Path) -> Iterator[Path]:
+    """The local folder of a run to read and add results to, while it may be going on somewhere.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    if not is_elsewhere(run):
+        yield Path(run)
+        return
+    target, folder = _open(run)
+    mirror = RunMirror(target, folder)
+    if not mirror.is_ours():
+        mirror = RunMirror(target, folder.with_name(f"{folder.name}.look"))
+        _refuse_unless_there(mirror)
+        mirror.fetch()
+    before = mirror.stamps()
+    yield mirror.folder
+    mirror.push_changed(before)
+
+
+def _open(run: str | Path) -> tuple[Target, Path]:
+    path = local_path(str(run))
+    target: Target = MountPlace.open(path, create=True) if path is not None else ObjectPlace.open(str(run), create=True)
+    tag = hashlib.sha256(target.url.encode()).hexdigest()[:12]
+    return target, cache_root() / "runs" / f"{target.url.rstrip('/').rpartition('/')[2]}-{tag}"
+
+
+def _prepare(mirror: RunMirror, new: bool) -> None:
+    if new and mirror.has_run():
+        raise UsageError(
+            f"{mirror.target.url} holds a run already. Go on with it by `brainenc train --resume {mirror.target.url}`, "
+            "or choose another --out."
+        )
+    if new:
+        shutil.rmtree(mirror.folder, ignore_errors=True)  # of a run that was never sent
+        return
+    if mirror.is_ours():
+        mirror.merge()  # what other nodes made
+        return
+    _refuse_unless_there(mirror)
+    mirror.fetch()
+
+
+def _refuse_unless_there(mirror: RunMirror) -> None:
+    if not mirror.has_run():
+        raise UsageError(f"{mirror.target.url} is no run folder: it has no config.yaml. Give what --out was.")
