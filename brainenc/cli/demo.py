@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -32,7 +32,9 @@ def command(out: Path, epochs: int | None, as_json: bool) -> None:
     """
     from brainenc.demo import DemoConfig, closing_lines, run_demo
 
-    config = DemoConfig(out=out.expanduser().absolute(), **({} if epochs is None else {"epochs": epochs}))
+    config = DemoConfig(out=out.expanduser().absolute())
+    if epochs is not None:
+        config = replace(config, epochs=epochs)
     result = run_demo(config, lambda name: Progress(name, json_lines=as_json))
     if as_json:
         click.echo(json.dumps(asdict(result) | {"share": result.share}, default=str))
