@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import ml_dtypes
@@ -51,7 +52,7 @@ def to_storage(rows: npt.ArrayLike, name: str, name_row: Callable[[int], str] = 
     rows, logical = np.asarray(rows), logical_dtype(name)
     with np.errstate(over="ignore"):  # what overflows is found below, with its row
         stored = np.ascontiguousarray(rows, dtype=logical)
-    bits = stored.view("<u4" if name == "float32" else "<u2").reshape(len(stored), -1)
+    bits = stored.view("<u4" if name == "float32" else "<u2").reshape(len(stored), math.prod(stored.shape[1:]))
     for position, row in enumerate(bits):
         if _has_infinity(row, _EXPONENT[name]):
             _refuse(rows[position], name_row(position), name)

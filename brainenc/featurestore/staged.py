@@ -1,4 +1,4 @@
-"""Shards that were handed over to a place without a real flush: read back by a later session before they are trusted."""
+"""Shards handed over to a place without a real flush: a later session reads them back before they are trusted."""
 
 from __future__ import annotations
 
