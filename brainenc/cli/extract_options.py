@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -161,4 +162,4 @@ def _old_subject(data_dir: str, subj: str | None) -> str:
     """``--data_dir`` was either the subject's own folder or the one above it."""
     name = f"subj{int(subj):02d}" if subj and subj.isdecimal() else subj
     folder = data_dir.rstrip("/")
-    return folder if not name or folder.split("/")[-1] == name else f"{folder}/{name}"
+    return f"{folder}/{name}" if name and Path(folder, name).is_dir() else folder

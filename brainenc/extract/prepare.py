@@ -17,6 +17,7 @@ from brainenc.extract.config import MICRO_BATCH, ExtractConfig, ExtractJob
 from brainenc.extract.devices import device_count, resolve_device, usable_cores
 from brainenc.extract.features import Feature
 from brainenc.extract.images import open_image
+from brainenc.extract.measure import settle_micro_batch
 from brainenc.extract.plan import ShardTask, Voucher, Wanted, choose_rows_per_shard, outstanding
 from brainenc.extract.reading import content_hash, image_from_pixels, read_bytes, read_pixels
 from brainenc.extract.sources import list_sources
@@ -92,6 +93,7 @@ def survey(config: ExtractConfig) -> Survey:
     actors = config.actors or device_count(device)
     store = _open(config)
     existing = frozenset(store.keys()) if store else frozenset()
+    threads = config.threads or max(1, usable_cores() // actors)
     shapes: dict[str, tuple[int, int]] = {}
     wanted: list[Wanted] = []
     identities: dict[str, Mapping[str, Any]] = {}
@@ -101,12 +103,13 @@ def survey(config: ExtractConfig) -> Survey:
             _compare_stimuli(store, stimuli, existing, check_all=config.check_images)
         size = _image_size(stimuli)
         shapes[name] = backbone.input_shape(size)
+        if config.micro_batch == "auto":
+            config = config.with_(micro_batch=_settled(config, device, threads, shapes[name], features, existing))
         found = _wanted(config, backbone, features, stimuli, size, device, store, existing)
         wanted += found
         identities |= {w.key: backbone.identity(Feature.parse(w.feature)) for w in found}
         details |= {w.key: _details(backbone, w, size) for w in found}
     neighbours = [store.collection(k) for k in sorted(existing) if k.split("/")[0] in sets] if store else []
-    threads = config.threads or max(1, usable_cores() // actors)
     return Survey(
         config=config, device=device, actors=actors, threads=threads,
         decode_threads=config.decode_threads or _decode_threads(device, actors), sets=sets, wanted=tuple(wanted),
@@ -170,6 +173,21 @@ def _wanted(
             )
         )  # fmt: skip
     return wanted
+
+
+def _settled(
+    config: ExtractConfig, device: str, threads: int, image_shape: tuple[int, int], features: Sequence[Feature],
+    existing: frozenset[str],
+) -> int | None:  # fmt: skip
+    """A measured micro-batch; none is needed beside collections that have theirs."""
+    if existing:
+        return None
+    job = ExtractJob(
+        store=config.store, backbone=config.backbone, slug=config.slug, size_policy=config.size_policy,
+        image_size=config.image_size, device=device, threads=threads, decode_threads=1, compute=config.compute,
+        dtype=config.dtype, on_bad_image=config.on_bad_image,
+    )  # fmt: skip
+    return settle_micro_batch(job, image_shape, [str(f) for f in features])
 
 
 def _shape_of_work(

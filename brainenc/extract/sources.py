@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from brainenc.datasets.algonauts import Subject
 from brainenc.errors import DataError, NotASubject, UsageError
 from brainenc.extract.config import Source
 from brainenc.extract.reading import filesystem, hdf5_dataset, hdf5_uri, is_url
@@ -90,6 +91,11 @@ def _subject(folder: str, name: str | None) -> Iterator[Listing]:
             found += 1
             rows = _checked((_stimulus(relative, uri, stat) for relative, uri, stat in files), folder)
             yield Listing(name=f"{base}-{split}", rows=rows)
+    if not found and not is_url(folder):
+        inner = Subject.open(folder).folder  # says which parts are missing, or finds the one subject folder inside
+        if inner != Path(folder).expanduser().absolute():
+            yield from _subject(str(inner), name)
+            return
     if not found:
         wanted = " nor ".join(_SPLITS.values())
         raise NotASubject(
