@@ -60,10 +60,13 @@ def speed(root: Path) -> list[Figure]:
         )
         figures.append(
             Figure(
-                name=f"images/s of {actors} actor(s) against {actors} bare loop(s)", value=ours["images_per_s"] / bare,
-                target=target, reference=f"bare: {bare:.3g} images/s", note=f"start-up {ours['startup_s']:.1f} s",
+                name=f"images/s of {actors} actor(s) against {actors} bare loop(s)",
+                value=ours["images_per_s"] / bare,
+                target=target,
+                reference=f"bare: {bare:.3g} images/s",
+                note=f"start-up {ours['startup_s']:.1f} s",
             )
-        )  # fmt: skip
+        )
     return figures
 
 
@@ -74,10 +77,13 @@ def pass_cost(root: Path) -> list[Figure]:
     many = _extract(root, images, model, ["8-11.token", "8-11.q"])
     return [
         Figure(
-            name="time of 8 features of one pass against 1", value=one["images_per_s"] / many["images_per_s"],
-            target=1.1, at_most=True, reference=f"one feature: {one['images_per_s']:.3g} images/s",
+            name="time of 8 features of one pass against 1",
+            value=one["images_per_s"] / many["images_per_s"],
+            target=1.1,
+            at_most=True,
+            reference=f"one feature: {one['images_per_s']:.3g} images/s",
         )
-    ]  # fmt: skip
+    ]
 
 
 def plan_accuracy(root: Path) -> list[Figure]:
@@ -90,17 +96,23 @@ def plan_accuracy(root: Path) -> list[Figure]:
     seconds = time.perf_counter() - begun
     size = sum(p.stat().st_size for p in (root / "planned").rglob("shard-*.arrow"))
     return [
-        Figure(name="time that plan says against what it took", value=plan["seconds"] / seconds, reference=f"took {seconds:.1f} s"),
         Figure(
-            name="rate that plan says against what it was", value=1 / plan["seconds_per_image"] / done["images_per_s"],
+            name="time that plan says against what it took",
+            value=plan["seconds"] / seconds,
+            reference=f"took {seconds:.1f} s",
+        ),
+        Figure(
+            name="rate that plan says against what it was",
+            value=1 / plan["seconds_per_image"] / done["images_per_s"],
             reference=f"{done['images_per_s']:.3g} images/s",
         ),
         Figure(name="disk that plan says against what was written", value=plan["disk_needed_bytes"] / size),
         Figure(
             name="memory of a worker that plan says against its peak",
-            value=plan["actor_memory_bytes"] / done["peak_worker_bytes"], reference=f"{done['peak_worker_bytes'] / MB:.0f} MB",
+            value=plan["actor_memory_bytes"] / done["peak_worker_bytes"],
+            reference=f"{done['peak_worker_bytes'] / MB:.0f} MB",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def memory_in_images(root: Path) -> list[Figure]:
@@ -119,10 +131,14 @@ def memory_in_images(root: Path) -> list[Figure]:
         for count, peak in peaks.items()
     ] + [
         Figure(
-            name="growth of peak memory from 500 to 8,000 images", value=growth / MB, unit="MB", target=allowed / MB,
-            at_most=True, note="allowed: 5 % or 64 MB, whichever is larger",
+            name="growth of peak memory from 500 to 8,000 images",
+            value=growth / MB,
+            unit="MB",
+            target=allowed / MB,
+            at_most=True,
+            note="allowed: 5 % or 64 MB, whichever is larger",
         )
-    ]  # fmt: skip
+    ]
 
 
 def memory_in_layers(root: Path) -> list[Figure]:
@@ -134,10 +150,13 @@ def memory_in_layers(root: Path) -> list[Figure]:
     batch = 8 * 962 * 384 * 4
     return [
         Figure(
-            name="memory of each further layer, in micro-batches of its output", value=max(0, many - one) / 7 / batch,
-            target=1.0, at_most=True, reference=f"one layer: {one / MB:.0f} MB; a micro-batch of output: {batch / MB:.1f} MB",
+            name="memory of each further layer, in micro-batches of its output",
+            value=max(0, many - one) / 7 / batch,
+            target=1.0,
+            at_most=True,
+            reference=f"one layer: {one / MB:.0f} MB; a micro-batch of output: {batch / MB:.1f} MB",
         )
-    ]  # fmt: skip
+    ]
 
 
 def base_model(root: Path) -> list[Figure]:
@@ -146,10 +165,14 @@ def base_model(root: Path) -> list[Figure]:
     done = _extract(root, images, model, ["11.q"], threads=2)
     return [
         Figure(
-            name="DINOv2-B at 434 px, batch 8: peak memory of all processes", value=done["peak"] / MB, unit="MB",
-            target=3000, at_most=True, note=f"{done['images_per_s']:.2f} images/s",
+            name="DINOv2-B at 434 px, batch 8: peak memory of all processes",
+            value=done["peak"] / MB,
+            unit="MB",
+            target=3000,
+            at_most=True,
+            note=f"{done['images_per_s']:.2f} images/s",
         )
-    ]  # fmt: skip
+    ]
 
 
 def repeat(root: Path) -> list[Figure]:
@@ -200,15 +223,36 @@ def _options(
 ) -> list[str]:
     chosen = [word for feature in features for word in ("--feature", feature)]
     return [
-        "--images", str(images), "--store", str(store), "--backbone", str(model), *chosen, "--actors", str(actors),
-        "--threads", str(threads), "--batch-size", str(batch), "--device", "cpu", "--json",
-    ]  # fmt: skip
+        "--images",
+        str(images),
+        "--store",
+        str(store),
+        "--backbone",
+        str(model),
+        *chosen,
+        "--actors",
+        str(actors),
+        "--threads",
+        str(threads),
+        "--batch-size",
+        str(batch),
+        "--device",
+        "cpu",
+        "--json",
+    ]
 
 
 def _extract(
-    root: Path, images: Path, model: Path, features: Sequence[str], *, actors: int = 1, threads: int = 1, batch: int = 8,
+    root: Path,
+    images: Path,
+    model: Path,
+    features: Sequence[str],
+    *,
+    actors: int = 1,
+    threads: int = 1,
+    batch: int = 8,
     extra: Sequence[str] = (),
-) -> dict:  # fmt: skip
+) -> dict:
     """One run into a store that is dropped again: its summary, and ``peak``, the memory of all its processes."""
     with tempfile.TemporaryDirectory(prefix="store-", dir=root) as store:
         options = _options(Path(store), images, model, features, actors, threads=threads, batch=batch)
@@ -243,9 +287,15 @@ with torch.inference_mode():
 print(len(files), time.perf_counter() - begun, flush=True)
 """
     loops = [
-        subprocess.Popen([sys.executable, "-c", program, str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environ())
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(n)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=_environ(),
+        )
         for n in range(processes)
-    ]  # fmt: skip
+    ]
     for loop in loops:
         assert loop.stdout.readline().strip() == "ready"
     for loop in loops:
@@ -266,8 +316,11 @@ def _brainenc(arguments: Sequence[str]) -> str:
 def _start(arguments: Sequence[str]) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", "from brainenc.cli.main import main; main()", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environ(),
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_environ(),
+    )
 
 
 def _environ() -> dict[str, str]:

@@ -92,9 +92,11 @@ def _subject(folder: str, name: str | None) -> Iterator[Listing]:
             rows = _checked((_stimulus(relative, uri, stat) for relative, uri, stat in files), folder)
             yield Listing(name=f"{base}-{split}", rows=rows)
     if not found and not is_url(folder):
-        inner = Subject.open(folder).folder  # says which parts are missing, or finds the one subject folder inside
-        if inner != Path(folder).expanduser().absolute():
-            yield from _subject(str(inner), name)
+        found_inside = Subject.open(
+            folder
+        ).folder  # says which parts are missing, or finds the one subject folder inside
+        if found_inside != Path(folder).expanduser().absolute():
+            yield from _subject(str(found_inside), name)
             return
     if not found:
         wanted = " nor ".join(_SPLITS.values())
