@@ -1,6 +1,7 @@
 """A whole feature store on an object store: many writers, a bad network, deaths, and what readers see."""
 
 import hashlib
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -94,6 +95,21 @@ def test_a_cache_below_one_shard_is_refused_at_open_with_both_sizes(gcs):
     write_all(open_store("gs://lab/store", create=True))
     with pytest.raises(CacheTooSmall, match=r"may hold 1000 bytes, but one shard takes \d+"):
         open_store("gs://lab/store", cache_bytes=1000)[KEY]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("cache_bytes", [None, 0], ids=["whole shards", "ranges"])
+def test_a_forked_process_reads_with_a_connection_of_its_own(gcs, cache_bytes):
+    write_all(open_store("gs://lab/store", create=True))
+    view = open_store("gs://lab/store", cache_bytes=cache_bytes)[KEY]
+    view.gather([0, 1])
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=lambda: answers.put(np.array_equal(view[:], features())))
+    child.start()
+    assert answers.get(timeout=60)
+    child.join(20)
+    assert np.array_equal(view[:], features())
 
 
 def test_ranged_reads_fetch_little(gcs):

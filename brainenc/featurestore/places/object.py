@@ -173,9 +173,11 @@ class ObjectPlace:
 
     def _connected(self) -> ObjectService:
         """The service of this process: a connection does not survive a fork."""
+        if self._pid != os.getpid() and not self._given:  # the lock, too: another thread may have held it at the fork
+            self._lock, self._service, self._pid = threading.Lock(), None, os.getpid()
         with self._lock:
-            if self._service is None or (self._pid != os.getpid() and not self._given):
-                self._service, self._pid = connect(self._address, self._patience), os.getpid()
+            if self._service is None:
+                self._service = connect(self._address, self._patience)
             return self._service
 
     def _stat(self, name: str) -> Stat | None:
