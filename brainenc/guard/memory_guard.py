@@ -58,6 +58,8 @@ class MemoryGuard:
         relief: called before an alarm is acted on: drop what can be made again (prefetched batches, caches).
         every, eval_every: batches between two closer looks.
         reserve: memory held from the start and released for saving.
+        brake: when memory would be gone before the next boundary, let further allocations of this process fail
+            (``MemoryError``) until it has saved. Linux only.
         fallback_dirs: tried when ``save_dir`` cannot take the file.
         stateful: more objects with ``state_dict`` and ``load_state_dict``, by name.
         policy: hysteresis, dwell and the rest.
@@ -70,7 +72,7 @@ class MemoryGuard:
         batch_size: int | None = None, on_critical: Literal["stop", "shrink"] = "stop",
         on_shrink: Callable[[], None] | None = None, relief: Sequence[Callable[[], None]] = (), every: int = 10,
         eval_every: int = 15, reserve: int | str = "32MiB", fallback_dirs: Sequence[str | Path] = (),
-        stateful: dict[str, Any] | None = None, policy: PolicyConfig | None = None,
+        stateful: dict[str, Any] | None = None, policy: PolicyConfig | None = None, brake: bool = True,
         say: Callable[[str], None] = banner.say,
     ) -> None:  # fmt: skip
         if on_critical not in ("stop", "shrink") or (on_critical == "shrink" and on_shrink is None):
@@ -84,6 +86,7 @@ class MemoryGuard:
         named = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, **(stateful or {})}
         self._objects = {name: thing for name, thing in named.items() if thing is not None}
         self._files = EmergencyFiles(save_dir, fallback_dirs)
+        self._brake = brake
         self._kind: OrderKind = on_critical
         self._on_shrink, self._relief = on_shrink or (lambda: None), tuple(relief)
         self._every, self._eval_every = max(1, every), max(1, eval_every)
@@ -228,7 +231,7 @@ class MemoryGuard:
         policy = {f.name: getattr(self._config, f.name) for f in dataclasses.fields(self._config)}
         return WatcherSettings(
             thresholds=policy.pop("thresholds"), policy=policy, by_signal=by_signal, timing=self._timing(),
-            uuids=files.gpu_uuids(), disks=[str(self._files.folder)],
+            brake=self._brake, uuids=files.gpu_uuids(), disks=[str(self._files.folder)],
         )  # fmt: skip
 
     def _banner(self) -> str:
@@ -299,7 +302,8 @@ class MemoryGuard:
         self._hearing.listen()
         if (now := time.monotonic()) - self._told_at >= 0.5:
             self._told_at = now
-            self._hearing.tell(timing=self._timing()._asdict(), slack=files.gpu_slack())
+            largest = files.largest_on_gpu(self._objects)
+            self._hearing.tell(timing=self._timing()._asdict(), slack=files.gpu_slack(), largest=largest)
         order = self._order
         if order is None:
             self._attention = self._level != "ok"

@@ -207,6 +207,14 @@ def gpu_slack() -> dict[str, int]:
     return {uuid: torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i) for i, uuid in enumerate(gpu_uuids())}
 
 
+def largest_on_gpu(objects: Mapping[str, Any]) -> int:
+    """Bytes of the largest tensor that saving has to copy to the host."""
+    if not _cuda_in_use():
+        return 0
+    tensors = (t for thing in objects.values() for t in _tensors(thing.state_dict()))
+    return max((t.untyped_storage().nbytes() for t in tensors if t.is_cuda), default=0)
+
+
 def gpu_allocations() -> list[tuple[str, int, int, int]]:
     """Of each GPU: name, bytes allocated, reserved, and in total."""
     import torch

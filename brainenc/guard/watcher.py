@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from brainenc.guard.brake import own_limit
 from brainenc.guard.policy import Thresholds, Timing
 from brainenc.guard.watcher_process import read_lines
 
@@ -42,6 +43,8 @@ class WatcherSettings:
     uuids: Sequence[str] | None = ()
     """GPUs to look at: none by default, as others may fill those that this process does not use; None means all."""
     disks: Sequence[str] = ()
+    brake: bool = True
+    """Keep this process from growing while there is no time left: allocations then fail instead."""
     by_signal: bool = False
     """Wake this process's main thread by a signal; else only through the pipe."""
 
@@ -57,6 +60,7 @@ class Watcher:
         self._settings = settings
         self._rest = b""
         self.restarts = 0
+        self._own_limit = own_limit()
         self._process = self._start()
 
     @property
@@ -112,12 +116,15 @@ class Watcher:
             process.kill()
             process.wait()
         process.stdout.close()
+        if self._own_limit is not None and own_limit() != self._own_limit:
+            own_limit(self._own_limit)  # the watcher had the brake on
 
     def _start(self) -> subprocess.Popen[bytes]:
         number = WAKE_SIGNAL if self._settings.by_signal else 0
         settings = {
             "parent": os.getpid(), "signal": number, "thresholds": asdict(self._settings.thresholds),
             "policy": self._settings.policy, "timing": self._settings.timing._asdict(),
+            "brake": self._settings.brake,
             "uuids": None if self._settings.uuids is None else list(self._settings.uuids),
             "disks": [str(d) for d in self._settings.disks],
         }  # fmt: skip

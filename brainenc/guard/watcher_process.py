@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from brainenc.guard.brake import Brake
 from brainenc.guard.messages import Level
 from brainenc.guard.nvml import Nvml
 from brainenc.guard.policy import RANK, Decision, Meter, Policy, PolicyConfig, Thresholds, Timing, sampling_interval
@@ -35,12 +36,14 @@ class Lookout:
         policy: how to judge it.
         send: takes each message to the worker.
         wake: called when the worker must look at its messages now.
+        brake: on the worker's growth; None for none.
     """
 
     def __init__(
-        self, probe: Probe, policy: Policy, send: Callable[[dict[str, Any]], None], wake: Callable[[], None]
-    ) -> None:
-        self._probe, self._policy, self._send, self._wake = probe, policy, send, wake
+        self, probe: Probe, policy: Policy, send: Callable[[dict[str, Any]], None], wake: Callable[[], None],
+        brake: Brake | None = None,
+    ) -> None:  # fmt: skip
+        self._probe, self._policy, self._send, self._wake, self._brake = probe, policy, send, wake, brake
         self.timing = Timing()
         self.slack: dict[str, int] = {}
         self._injected: dict[str, tuple[float, float]] = {}
@@ -54,6 +57,8 @@ class Lookout:
         """Take one message of the worker: ``timing``, ``slack``, ``inject`` (a drill), ``wake_after``."""
         if "timing" in message:
             self.timing = Timing(**message["timing"])
+        if "largest" in message and self._brake is not None:
+            self._brake.extra = int(message["largest"])
         if "slack" in message:
             self.slack = message["slack"]
         if "inject" in message:
@@ -68,6 +73,8 @@ class Lookout:
         decision = self._policy.look(now, self._pretend(now, [ram, *self._gpu_meters(now)]), self.timing)
         if decision.meter in self._injected:  # a drill jumps, which is no growth: it goes by the boundary, as drills do
             decision = replace(decision, urgent=False, rate=0.0, seconds_left=float("inf"))
+        elif self._brake is not None and self._brake.adjust(decision, ram, now):
+            decision = replace(decision, urgent=True)  # it cannot go on as it is: whoever allocates next fails
         self._tell(decision, now)
         if now >= self._wake_at:
             self._wake_at = float("inf")
@@ -155,7 +162,8 @@ def main(settings: dict[str, Any]) -> None:
     """Watch until the worker closes its end or is gone.
 
     Args:
-        settings: ``parent`` pid, ``signal`` number or 0, ``thresholds``, ``policy``, ``uuids``, ``disks``, ``timing``.
+        settings: ``parent`` pid, ``signal`` number or 0, ``thresholds``, ``policy``, ``uuids``, ``disks``, ``timing``,
+            ``brake``.
     """
     parent, number = int(settings["parent"]), int(settings["signal"])
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a stop is the worker's business; this process ends after it
@@ -164,7 +172,8 @@ def main(settings: dict[str, Any]) -> None:
     policy = Policy(PolicyConfig(thresholds=Thresholds(**settings["thresholds"]), **settings.get("policy", {})))
     probe = Probe(disks=settings.get("disks", ()), pid=parent, nvml=Nvml(uuids=settings["uuids"]))
     outbox = Outbox(1)
-    lookout = Lookout(probe, policy, outbox.send, _waker(parent, number))
+    brake = Brake(parent, policy.config.dwell_s) if settings["brake"] else None
+    lookout = Lookout(probe, policy, outbox.send, _waker(parent, number), brake)
     lookout.hear({"timing": settings["timing"]} if "timing" in settings else {}, 0.0)
     outbox.send({"kind": "started", "at": time.monotonic(), "pid": os.getpid()})
     inbox = _inbox(0)

@@ -63,6 +63,8 @@ class WorkerGuardConfig:
     timing: Timing = field(default_factory=Timing)
     """Before anything was measured."""
     disks: tuple[str, ...] = ()
+    brake: bool = True
+    """Let allocations fail while there is no time left to reach a step boundary (Linux)."""
 
 
 class WorkerGuard:
@@ -197,7 +199,7 @@ class WorkerGuard:
         self._watcher = Watcher(
             WatcherSettings(
                 thresholds=policy.pop("thresholds"), policy=policy, timing=self._timing, uuids=self._uuids,
-                disks=self.config.disks,
+                disks=self.config.disks, brake=self.config.brake,
             )
         )  # fmt: skip
         self._wake_read, self._wake_write = os.pipe()
