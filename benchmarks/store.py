@@ -158,7 +158,8 @@ def cold(view: FeatureView, folder: Path, rounds: int = 5) -> list[Figure]:
                    reference=f"sequential direct I/O: {best_direct:.2f} GB/s",
                    note=f"{best_epoch:.2f} GB/s, {AHEAD} batches ahead"),
             Figure(name="Verifying every byte, from the disk", value=best_check / best_direct,
-                   reference=f"sequential direct I/O: {best_direct:.2f} GB/s", note=f"{best_check:.2f} GB/s")]  # fmt: skip
+                   reference=f"sequential direct I/O: {best_direct:.2f} GB/s",
+                   note=f"{best_check:.2f} GB/s")]  # fmt: skip
 
 
 AHEAD = 4

@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 _PIECE_BYTES = 8 << 20
 """A run of neighbouring rows is cut into pieces of about this, so that threads share a long one."""
+T = TypeVar("T")
 _MAX_THREADS = 8  # beyond this the memory bus is the limit on the machines measured
 
 
@@ -80,18 +82,18 @@ readers = _Pool("brainenc-gather")
 fetchers = _Pool("brainenc-fetch")
 
 
-def in_parallel(copy: Callable[[Run], None], todo: Sequence[Run], threads: int) -> None:
-    """Call ``copy`` for every run, on this thread and ``threads - 1`` others; the first failure is raised."""
+def in_parallel(copy: Callable[[T], None], todo: Sequence[T], threads: int) -> None:
+    """Call ``copy`` for every item, on this thread and ``threads - 1`` others; the first failure is raised."""
     threads = min(threads, len(todo))
     if threads <= 1:
-        for run in todo:
-            copy(run)
+        for item in todo:
+            copy(item)
         return
     feed = iter(todo)  # next() of a list's iterator is one step under the interpreter's lock: threads may share it
 
     def work() -> None:
-        for run in feed:
-            copy(run)
+        for item in feed:
+            copy(item)
 
     others = [readers.get(threads - 1).submit(work) for _ in range(threads - 1)]
     try:

@@ -151,6 +151,20 @@ class TestValues:
         with pytest.raises(ValueNotStorable, match=r"row 2 holds -inf.*overflowed"):
             to_storage(rows, dtype)
 
+    @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+    @pytest.mark.parametrize("shape", [(3, 700000), (40, 200, 300)])
+    def test_large_batches_are_converted_alike(self, dtype, shape):
+        """In parallel, and of any memory order."""
+        rows = np.random.default_rng(0).normal(size=shape)
+        want = rows.astype(logical_dtype(dtype))
+        for batch in (rows, np.asfortranarray(rows), rows[::-1][::-1]):
+            got = to_storage(batch, dtype)
+            assert got.flags.c_contiguous
+            np.testing.assert_array_equal(got.view(logical_dtype(dtype)), want)
+        rows[-1].flat[-1] = 1e300
+        with pytest.raises(ValueNotStorable, match=f"row {shape[0] - 1} holds 1e"):
+            to_storage(rows, dtype)
+
     def test_what_has_the_dtype_already_is_not_copied(self):
         rows = np.ones((2, 3), np.float16)
         assert np.shares_memory(to_storage(rows, "float16"), rows)
