@@ -144,6 +144,14 @@ def test_an_open_clip_tower_of_timm(tmp_path):
         assert torch.equal(backbone.forward(inputs, features)[features[1]], backbone.network.model(inputs))
 
 
+def test_a_folder_says_which_library_saved_it(tmp_path, monkeypatch):
+    """A folder of open_clip needs no prefix, and the folder one stands in has a name too."""
+    saved = save_miniature("open_clip", tmp_path / "mine")
+    assert load_backbone(str(saved)).info.source == "open_clip"
+    monkeypatch.chdir(save_miniature("dinov2", tmp_path / "here"))
+    assert load_backbone(".").info.slug == "here"
+
+
 def test_hub_ids_that_are_classifiers_give_their_backbone(tmp_path):
     """A checkpoint saved with a classification head loads as the backbone below it."""
     config = transformers.ViTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,

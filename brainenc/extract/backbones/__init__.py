@@ -25,11 +25,19 @@ def load_network(
     if names_preset(name) and not Path(name).is_dir():
         return _load_preset(name, slug, size_policy, image_size)
     prefix, colon, rest = name.partition(":")
-    source, rest = (prefix, rest) if colon and prefix in SOURCES else ("transformers", name)
+    source, rest = (prefix, rest) if colon and prefix in SOURCES else _by_folder(name)
     module = import_module(f"brainenc.extract.backbones.{source}")
     with cache_only_if_unreachable():
         network: Network = module.load(rest, slug=slug, size_policy=size_policy, image_size=image_size)
     return network
+
+
+def _by_folder(name: str) -> tuple[str, str]:
+    """A folder says which library saved it; anything else is a hub id of transformers."""
+    folder = Path(name)
+    if (folder / "open_clip_config.json").is_file() and not (folder / "config.json").is_file():
+        return "open_clip", f"local-dir:{name}"
+    return "transformers", name
 
 
 def _load_preset(

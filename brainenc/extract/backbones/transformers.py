@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,12 @@ import torch
 from torch import nn
 
 from brainenc.errors import UnknownName, UsageError
+from brainenc.extract.backbones.processors import edge_of, processor_of
 from brainenc.extract.network import Network, find_blocks, find_norm
-from brainenc.extract.preprocess import HALF, IMAGENET, OPENAI_CLIP, Preprocessing
+from brainenc.extract.preprocess import Preprocessing
 
 _NATIVE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 """Models that people feed native sizes, padded to the patch."""
-
-# What the published preprocessor_config.json say, for folders that have none (transformers' class defaults differ).
-_STATISTICS = {
-    "dinov2": IMAGENET, "dinov2_with_registers": IMAGENET, "dinov3_vit": IMAGENET, "ijepa": IMAGENET,
-    "vit_mae": IMAGENET, "vit_msn": IMAGENET, "deit": IMAGENET, "resnet": IMAGENET, "convnext": IMAGENET,
-    "convnextv2": IMAGENET, "swin": IMAGENET, "swinv2": IMAGENET, "dinov3_convnext": IMAGENET, "hiera": IMAGENET,
-    "clip": OPENAI_CLIP, "clip_vision_model": OPENAI_CLIP, "metaclip_2": OPENAI_CLIP,
-}  # fmt: skip
-_BICUBIC = ("dinov2", "dinov2_with_registers", "clip", "clip_vision_model", "siglip", "siglip_vision_model", "vit_mae",
-            "metaclip_2", "hiera")  # fmt: skip
-_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 # Fields of a configuration that make the architecture, under every name that the models give them. Not the whole
 # configuration: other versions of transformers write other defaults into it, and stores outlive versions.
@@ -55,9 +45,9 @@ def load(name: str, *, slug: str | None, size_policy: str | None, image_size: in
         raise UsageError(f"{name} is a {kind} model, which takes {wants} and no images.")
     if "spatial_shapes" in _arguments(model):
         raise UsageError(f"{name}: models that take flattened patches of any aspect ratio have no fixed rows to store.")
-    patch = _edge(getattr(config, "patch_size", 1)) or 1
+    patch = edge_of(getattr(config, "patch_size", 1)) or 1
     patch = 1 if _is_hierarchical(config) else patch
-    preprocessing = _preprocessing(name, config, kind)
+    preprocessing = processor_of(name, config, kind)
     if size_policy or image_size or kind in _NATIVE:
         native = "pad" if kind in _NATIVE else None
         preprocessing = preprocessing.with_policy(size_policy or native, image_size, patch)
@@ -70,7 +60,7 @@ def load(name: str, *, slug: str | None, size_policy: str | None, image_size: in
     return Network(
         source="transformers",
         name=name,
-        slug=slug or Path(name).name,
+        slug=slug or (Path(name).resolve() if Path(name).is_dir() else Path(name)).name,
         model=model,
         run=functools.partial(_run, model, _arguments(model), project, patch),
         blocks=find_blocks(model),
@@ -172,79 +162,13 @@ def _run(
     return project(pooled) if project is not None else pooled
 
 
-def _preprocessing(name: str, config: Any, kind: str) -> Preprocessing:
-    import transformers
-
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError):  # a folder without preprocessor_config.json
-        mean, std = _STATISTICS.get(kind, HALF)
-        edge = _edge(getattr(config, "image_size", None)) or 224
-        cropped = kind in ("clip", "clip_vision_model", "metaclip_2")
-        return Preprocessing(
-            policy="crop" if cropped else "resize",
-            mean=mean,
-            std=std,
-            resample="bicubic" if kind in _BICUBIC else "bilinear",
-            size=(edge, edge),
-            shortest=edge if cropped else None,
-        )
-    return _from_processor(processor)
-
-
-def _from_processor(processor: Any) -> Preprocessing:
-    mean, std = (_three(getattr(processor, field)) for field in ("image_mean", "image_std"))
-    if not getattr(processor, "do_normalize", True):
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    size, crop = _mapping(processor.size), _mapping(getattr(processor, "crop_size", None))
-    resample = _RESAMPLING[int(getattr(processor, "resample", 2) or 2)]
-    shortest = size.get("shortest_edge")
-    if getattr(processor, "do_center_crop", False) and crop:
-        target = (int(crop["height"]), int(crop["width"]))
-        keep_aspect = shortest is not None
-        first = int(shortest or size["height"]) if getattr(processor, "do_resize", True) else None
-        return Preprocessing(
-            policy="crop", mean=mean, std=std, resample=resample, size=target, shortest=first, keep_aspect=keep_aspect
-        )
-    if shortest is not None:  # a shortest edge without a crop gives no fixed size: take the square in its middle
-        edge = int(shortest)
-        fraction = float(getattr(processor, "crop_pct", None) or 1.0)
-        return Preprocessing(
-            policy="crop", mean=mean, std=std, resample=resample, size=(edge, edge), shortest=int(edge / fraction)
-        )
-    target = (int(size["height"]), int(size["width"]))
-    return Preprocessing(policy="resize", mean=mean, std=std, resample=resample, size=target)
-
-
-def _mapping(size: Any) -> dict[str, Any]:
-    """transformers writes sizes as a number, a dict or an object of its own."""
-    if size is None:
-        return {}
-    if isinstance(size, int):
-        return {"height": size, "width": size}
-    fields = size if isinstance(size, Mapping) else vars(size)
-    return {key: value for key, value in fields.items() if value is not None}
-
-
-def _three(values: Any) -> tuple[float, float, float]:
-    red, green, blue = [values] * 3 if isinstance(values, int | float) else values
-    return float(red), float(green), float(blue)
-
-
-def _edge(value: Any) -> int | None:
-    """Sizes are written as a number or as a pair."""
-    if value is None:
-        return None
-    return int(value[0] if isinstance(value, list | tuple) else value)
-
-
 def _nominal(preprocessing: Preprocessing, config: Any, patch: int) -> tuple[int, int]:
     """Its one size, or, for a model that takes any, one that costs little to look at."""
     if preprocessing.policy != "pad":
         return preprocessing.output_shape(0, 0)
     if patch > 1:
         return 3 * patch, 4 * patch
-    edge = _edge(getattr(config, "image_size", None)) or 224
+    edge = edge_of(getattr(config, "image_size", None)) or 224
     return edge, edge
 
 
