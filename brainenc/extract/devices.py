@@ -22,19 +22,31 @@ _NO_MEMORY = (
 )
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, *, elsewhere: bool = False) -> str:
     """``auto`` -> ``cuda`` where there is one, else ``cpu``.
+
+    Args:
+        device: what was asked for.
+        elsewhere: the work is done on other machines, whose devices cannot be seen from here.
 
     Raises:
         UsageError: ``cuda`` was asked for and there is none.
     """
-    if device == "cpu":
-        return "cpu"
+    if device == "cpu" or (device == "cuda" and elsewhere):
+        return device
     if torch.cuda.is_available():
         return "cuda"
     if device == "cuda":
         raise UsageError("--device cuda was asked for, but torch sees no CUDA device here; `brainenc doctor` says why.")
     return "cpu"
+
+
+def device_fraction(device: str) -> float | None:
+    """Share of the GPU's memory that is used, by whomever; None on a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return 1 - free / total
 
 
 def device_count(device: str) -> int:

@@ -23,6 +23,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
+from ray.util.metrics import Gauge
 
 from brainenc.addresses import init_options, resolve
 from brainenc.extract.attempts import AttemptLedger, LedgerState
@@ -36,6 +37,15 @@ from brainenc.extract.run import Run
 from brainenc.extract.scratch import scratch_folder
 from brainenc.extract.worker import Worker
 
+_GAUGES = {
+    "images_done": "Images computed by this run",
+    "images_per_s": "Images computed a second, over the last half minute",
+    "shards_sealed": "Shards sealed by this run, counted per collection",
+    "retries": "Workers that died and were replaced",
+    "memory_bytes": "Anonymous memory of the workers",
+    "gpu_fraction": "Share of GPU memory in use",
+}
+"""Fields of the progress that are Ray metrics, too; heard by nobody where Ray runs without its dashboard."""
 TICK_S = 0.5
 """How often the driver looks at the ledger."""
 
@@ -200,6 +210,7 @@ class _Ticker:
     def __init__(self, run: Run, ledger: Any, progress: Callable[[ExtractProgress], None] | None) -> None:
         self._run, self._ledger, self._progress = run, ledger, progress
         self._meter = Meter(run.images_total, run.shards_total)
+        self._gauges = {name: Gauge(f"brainenc_extract_{name}", about) for name, about in _GAUGES.items()}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
 
@@ -223,8 +234,11 @@ class _Ticker:
         except ray.exceptions.RayError:  # gone with its node, or Ray is going down: the loop hears of it by itself
             return
         self._run.ledger = state
+        shown = self._meter.read(state, self._run.shards_sealed)
+        for name, gauge in self._gauges.items():
+            gauge.set(getattr(shown, name) or 0)
         if self._progress is not None:
-            self._progress(self._meter.read(state, self._run.shards_sealed))
+            self._progress(shown)
 
 
 def _data_context() -> DataContext:

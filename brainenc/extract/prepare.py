@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from brainenc.addresses import resolve
 from brainenc.errors import BadImages, NotAStore, ProvenanceMismatch
 from brainenc.extract.backbone import Backbone, load_backbone, parse_features
 from brainenc.extract.changes import KnownHashes, changed_rows, refuse_changed, suspects
@@ -89,7 +90,7 @@ def survey(config: ExtractConfig) -> Survey:
         config.backbone, slug=config.slug, size_policy=config.size_policy, image_size=config.image_size
     ).to("cpu", config.compute)
     features = parse_features(config.features, backbone.info)
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, elsewhere=resolve(config.address, command="extract") is not None)
     actors = config.actors or device_count(device)
     store = _open(config)
     existing = frozenset(store.keys()) if store else frozenset()

@@ -16,6 +16,7 @@ from typing import Protocol
 from brainenc.errors import BrainencError, ExtractionFailed
 from brainenc.extract.attempts import Permit, Reading
 from brainenc.extract.config import ExtractJob
+from brainenc.extract.devices import device_fraction
 from brainenc.extract.extractor import Extractor
 from brainenc.extract.outcome import ShardOutcome
 from brainenc.extract.plan import ShardTask
@@ -124,6 +125,7 @@ class Worker:
             self._reading = replace(
                 self._reading, used_bytes=used, peak_bytes=max(used, self._reading.peak_bytes),
                 machine_used_bytes=machine.used, limit_bytes=machine.limit,
+                gpu_fraction=device_fraction(self._job.device) if self._extractor else None,
             )  # fmt: skip
             return self._reading
 
