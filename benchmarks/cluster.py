@@ -16,7 +16,8 @@ from benchmarks.figures import Figure
 TITLE = "At the size of a cluster"
 NOTES = """
 10,000,000 rows in 100,000 shards, 1,000 workers, simulated in one process each; the pieces are the real ones, without
-the network. Times are CPU seconds of one core. Memory is the peak resident set of a fresh process. docs/scaling.md says what limits beyond that.
+the network. Times are CPU seconds of one core. Memory is the peak resident set of a fresh process. docs/scaling.md says
+what limits beyond that.
 """
 ROWS, SHARDS, WORKERS = 10_000_000, 100_000, 1_000
 
