@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from brainenc.datasets import layout
+from brainenc.datasets import layout, npy
 from brainenc.datasets.mapping import write_mapping
 from brainenc.datasets.rois import HEMISPHERES, ROI_CLASSES, Hemisphere, RoiAtlas
 from brainenc.errors import UsageError
@@ -47,7 +47,7 @@ def write_atlas(folder: Path, atlas: RoiAtlas, seed: int) -> None:
         _write_fsaverage(folder, hemisphere, layout.ALL_VERTICES, where, np.ones(n, np.int32))
         for roi_class in ROI_CLASSES:
             labels = atlas.labels[hemisphere][roi_class].astype(np.int32)
-            np.save(folder / layout.mask_file(hemisphere, roi_class, "challenge"), labels)
+            npy.save(folder / layout.mask_file(hemisphere, roi_class, "challenge"), labels)
             _write_fsaverage(folder, hemisphere, roi_class, where, labels)
     for roi_class in ROI_CLASSES:
         write_mapping(folder / layout.mapping_file(roi_class), atlas.names[roi_class])
@@ -58,7 +58,7 @@ def _write_fsaverage(
 ) -> None:
     whole = np.zeros(layout.N_FSAVERAGE, np.int32)
     whole[where] = values
-    np.save(folder / layout.mask_file(hemisphere, name, "fsaverage"), whole)
+    npy.save(folder / layout.mask_file(hemisphere, name, "fsaverage"), whole)
 
 
 def _labels(n: int, rng: np.random.Generator) -> dict[str, Ints]:

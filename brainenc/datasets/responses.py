@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from brainenc.datasets.npy import NpyRows
 from brainenc.scoring import StreamingPearson
 
 Floats = npt.NDArray[np.float32]
@@ -43,7 +44,7 @@ def write_responses(
     n, n_vertices = len(latents), weights.shape[1]
     came_out = StreamingPearson(n_vertices)
     rest = np.sqrt(1.0 - np.square(best))
-    with _NpyRows(files.measured, n, n_vertices) as measured_file, _NpyRows(files.signal, n, n_vertices) as signal_file:
+    with NpyRows(files.measured, n, n_vertices) as measured_file, NpyRows(files.signal, n, n_vertices) as signal_file:
         for start in range(0, n, _ROWS):
             signal = (latents[start : start + _ROWS] @ weights) * best
             drawn = np.random.default_rng((*key, start)).standard_normal(signal.shape, dtype=np.float32)
@@ -52,22 +53,3 @@ def write_responses(
             measured_file.append(measured)
             came_out.update(signal, measured)
     return came_out.r()
-
-
-class _NpyRows:
-    """A float32 ``.npy`` file written row after row: a map into a hole would turn a full disk into a SIGBUS."""
-
-    def __init__(self, path: Path, n_rows: int, n_columns: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
-        header = {"descr": "<f4", "fortran_order": False, "shape": (n_rows, n_columns)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-    def append(self, rows: Floats) -> None:
-        self._file.write(np.ascontiguousarray(rows, "<f4").data)
-
-    def __enter__(self) -> _NpyRows:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()

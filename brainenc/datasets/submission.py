@@ -6,6 +6,7 @@ here: names, shapes, dtype, NaN, an extra folder around the subjects (the usual 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import zipfile
@@ -19,7 +20,7 @@ import numpy as np
 
 from brainenc import atomic
 from brainenc.datasets.rois import HEMISPHERES
-from brainenc.errors import DataError, UsageError
+from brainenc.errors import DataError, NoSpace, UsageError
 
 SUBJECTS = tuple(f"subj{n:02d}" for n in range(1, 9))
 
@@ -83,6 +84,10 @@ def write_submission(out: Path, folders: Mapping[str, Path], shapes: Mapping[str
             raise DataError(f"{out} was not written: {'; '.join(check.problems)}.")
         os.replace(partial, out)
         atomic.fsync_dir(out.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NoSpace(f"No room for {out} ({error.strerror}). Make room or choose another --out.") from error
     finally:
         partial.unlink(missing_ok=True)
     return check

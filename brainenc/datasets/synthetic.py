@@ -7,8 +7,10 @@ The features come through a callable, so that this module knows no torch. What o
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from brainenc import atomic
-from brainenc.datasets import layout, planted
+from brainenc.datasets import layout, npy, planted
 from brainenc.datasets.cortex import made_up_atlas, write_atlas
 from brainenc.datasets.layout import Split
 from brainenc.datasets.photographs import write_pictures
 from brainenc.datasets.planted import Region
 from brainenc.datasets.responses import ResponseFiles, write_responses
-from brainenc.datasets.rois import HEMISPHERES, Hemisphere, RoiQueries
+from brainenc.datasets.rois import HEMISPHERES, Hemisphere, RoiAtlas, RoiQueries
 from brainenc.datasets.truth import N_NSD, HemisphereOutcome, Plan, Truth, write_truth
 from brainenc.errors import DataError, NoSpace, UsageError
 from brainenc.units import format_bytes
@@ -77,8 +79,13 @@ def synthesize(
     folder = Path(folder).expanduser().absolute()
     if (done := _finished(folder, plan)) is not None:
         return done
-    _claim(folder, plan)
     atlas = made_up_atlas(plan.vertices, plan.seed)
+    _claim(folder, plan)
+    with _full_disk_named(folder):
+        return _make(folder, plan, atlas, features, progress)
+
+
+def _make(folder: Path, plan: Plan, atlas: RoiAtlas, features: FeatureMaps, progress: Progress | None) -> Truth:
     write_atlas(folder, atlas, plan.seed)
     images = _write_images(folder, plan)
     queries = atlas.queries("rois_all")
@@ -92,6 +99,20 @@ def synthesize(
     truth = write_truth(folder, plan, regions, queries, outcomes, feature_shape)
     (folder / _UNFINISHED).unlink()
     return truth
+
+
+@contextlib.contextmanager
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    """Others may fill the disk while we write: the same error as if it had been full at the start."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NoSpace(
+            f"The disk filled up while {folder} was written ({error.strerror}). Make room and run the same command "
+            "again: an unfinished subject is made anew."
+        ) from error
 
 
 def _finished(folder: Path, plan: Plan) -> Truth | None:
@@ -108,11 +129,12 @@ def _claim(folder: Path, plan: Plan) -> None:
             f"{folder} is not empty and no synthetic subject: nothing in it is overwritten. Choose another folder."
         )
     atomic.make_dirs(folder)
-    need = 2 * 4 * (plan.n_train + plan.n_test) * sum(plan.vertices) + _PNG_BYTES * (plan.n_train + plan.n_test)
+    n_images = plan.n_train + plan.n_test
+    need = 2 * 4 * n_images * sum(plan.vertices) + _PNG_BYTES * n_images + 14 * 4 * layout.N_FSAVERAGE
     free = shutil.disk_usage(folder).free
     if need > free:
         raise NoSpace(
-            f"A subject of {plan.n_train + plan.n_test} images and {sum(plan.vertices)} vertices takes about "
+            f"A subject of {n_images} images and {sum(plan.vertices)} vertices takes about "
             f"{format_bytes(need)}; {folder} has {format_bytes(free)} left. Make it smaller or choose another disk."
         )
     (folder / _UNFINISHED).touch()
@@ -192,5 +214,5 @@ def _write_hemisphere(
         realised[split] = write_responses(files, rows, weights, best, key)
     ceiling_file = organiser / layout.noise_ceiling_file(hemisphere)
     ceiling_file.parent.mkdir(parents=True, exist_ok=True)
-    np.save(ceiling_file, np.square(best))
+    npy.save(ceiling_file, np.square(best))
     return HemisphereOutcome(best, realised)
