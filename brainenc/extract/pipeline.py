@@ -70,8 +70,9 @@ def extract(config: ExtractConfig, *, progress: Callable[[ExtractProgress], None
         config=config, tasks=found.tasks, wanted=found.wanted, collections=create(found), started=started
     )  # fmt: skip
     if run.tasks:
-        with _ray(config, found), _signals(run):
-            _drive(run, found, progress)
+        with _signals(run), _ray(config, found), _signals(run):  # twice: Ray puts a handler of its own between
+            if not run.stop_reason:
+                _drive(run, found, progress)
         tidy(found)  # also what was too young at the start, and what a worker that died left now
     return run.finish()
 
@@ -88,18 +89,30 @@ def _drive(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] 
         try:
             for outcome in _outcomes(run.tasks, found, ledger):
                 run.take(outcome)
-                if run.stop_reason and ray.get(ledger.state.remote()).active == 0:
-                    break  # nobody is at work any more, and nobody begins
+                if run.stop_reason:
+                    ray.get(ledger.stop.remote(run.stop_reason))
+                    if ray.get(ledger.state.remote()).active == 0:
+                        break  # nobody is at work any more, and nobody begins
         except ray.exceptions.RayError as error:
             run.ray_error = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 def _outcomes(tasks: Sequence[ShardTask], found: Survey, ledger: Any) -> Iterator[ShardOutcome]:
-    with DataContext.current(_data_context()), warnings.catch_warnings():
+    with DataContext.current(_data_context()):
+        # Without prefetching, a receipt is seen 0.1 s after its shard is sealed; with it, one shard late.
+        for batch in _dataset(tasks, found, ledger).iter_batches(
+            batch_size=None, prefetch_batches=0, batch_format="numpy"
+        ):
+            yield from map(pickle.loads, batch["outcome"])
+
+
+def _dataset(tasks: Sequence[ShardTask], found: Survey, ledger: Any) -> ray.data.Dataset:
+    """One small row a shard, through the actors."""
+    resources: dict[str, Any] = _resources(found)
+    rows = [{"task": pickle.dumps(task)} for task in tasks]
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # of max_restarts, for which Ray has no other name yet
-        resources: dict[str, Any] = _resources(found)
-        rows = [{"task": pickle.dumps(task)} for task in tasks]
-        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,
             batch_size=1,
             batch_format="numpy",
@@ -109,9 +122,6 @@ def _outcomes(tasks: Sequence[ShardTask], found: Survey, ledger: Any) -> Iterato
             max_restarts=8 * found.config.max_attempts,
             **resources,
         )
-        # Without prefetching, a receipt is seen 0.1 s after its shard is sealed; with it, one shard late.
-        for batch in results.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
-            yield from map(pickle.loads, batch["outcome"])
 
 
 def _resources(found: Survey) -> dict[str, float]:

@@ -89,7 +89,7 @@ class Run:
         left = len(self.tasks) - done
         if left and self.ray_error:
             raise ExtractionFailed(
-                f"Workers kept dying until Ray gave up ({self.ray_error}), with {left} of {len(self.tasks)} shards "
+                f"Ray gave up ({self.ray_error}), with {left} of {len(self.tasks)} shards "
                 f"undone. {explain_deaths(self.ledger.deaths if self.ledger else ())} What was sealed stays; the same "
                 "command goes on."
             )

@@ -141,5 +141,11 @@ class Worker:
         while not self._closing.wait(SAMPLE_S):
             reading = self._sample()
             tick += 1
-            if tick % ticks == 0 and self._ledger.report(reading):
+            if tick % ticks == 0 and self._asked_to_stop(reading):
                 self._stop.set()
+
+    def _asked_to_stop(self, reading: Reading) -> bool:
+        try:
+            return bool(self._ledger.report(reading))
+        except Exception:  # the ledger is gone, and the driver with it or soon: nobody would count what we do
+            return not self._closing.is_set()
