@@ -41,12 +41,11 @@ class AbsorbedAttention(torch.autograd.Function):
         for b in range(n_batch):
             values = memory[b].to(dtype)
             scores = times_transposed(cast[b if len(cast) > 1 else 0], (memory[b] + position).to(dtype))
-            weights = torch.softmax(scores, dim=-1, dtype=wide)
-            attended[b] = weights
+            attended[b] = torch.softmax(scores, dim=-1, dtype=wide)
+            weights = attended[b]
             if ctx.keep is not None:
-                ctx.keep.apply(b, weights)
-                totals[b] = weights.view(n_heads, n_queries, -1).sum(dim=-1, keepdim=True)
-            weights = weights.to(dtype)
+                weights = ctx.keep.kept_of(b, weights)
+                totals[b] = weights.view(n_heads, n_queries, -1).sum(dim=-1, keepdim=True, dtype=wide)
             if projection is None or summed is None or bias is None:
                 found = torch.bmm(weights.view(n_heads, n_queries, -1), _split(values, n_heads))
             else:
@@ -55,6 +54,8 @@ class AbsorbedAttention(torch.autograd.Function):
                 found += totals[b] * bias[:, None]
             out[b] = found.transpose(0, 1)
         ctx.save_for_backward(moved, memory, position, weight, bias, attended, summed, totals)
+        if ctx.keep is not None:  # the scale of what is kept commutes with everything behind the weights
+            out *= ctx.keep.scale
         return out.flatten(2)
 
     @staticmethod
@@ -62,7 +63,8 @@ class AbsorbedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         moved, memory, position, weight, bias, attended, summed, totals = ctx.saved_tensors
         n_heads, dtype, wide = ctx.n_heads, ctx.dtype, torch.promote_types(ctx.dtype, torch.float32)
-        grad = grads[0].to(dtype).view(*grads[0].shape[:2], n_heads, -1).transpose(1, 2)  # (B, h, Q, d)
+        given = grads[0] if ctx.keep is None else grads[0] * ctx.keep.scale
+        grad = given.to(dtype).view(*given.shape[:2], n_heads, -1).transpose(1, 2)  # (B, h, Q, d)
         cast, narrow = moved.to(dtype), None if weight is None else weight.to(dtype)
         d_moved = torch.zeros_like(moved)
         d_weight = None if narrow is None else torch.zeros_like(narrow, dtype=wide)
@@ -80,7 +82,7 @@ class AbsorbedAttention(torch.autograd.Function):
                 if ctx.keep is not None:  # without dropout the weights sum to 1 whatever they are
                     d_attended += torch.einsum("hqd,hd->hq", part.to(wide), bias).reshape(-1, 1)
             if ctx.keep is not None:
-                ctx.keep.apply(b, d_attended)
+                d_attended.mul_(ctx.keep.kept[b].view_as(d_attended))
             d_scores = _through_softmax(d_attended, attended[b]).to(dtype)
             d_moved[at] += times_transposed(d_scores, seen.t())
             if d_memory is not None:
@@ -97,16 +99,15 @@ def _split(values: Tensor, n_heads: int) -> Tensor:
 
 def _through_softmax(grad: Tensor, weights: Tensor) -> Tensor:
     """Gradient of the scores, from that of the weights (overwritten)."""
+    weights = weights.to(grad.dtype)
     grad.mul_(weights)
-    return grad.sub_(weights * grad.sum(dim=-1, keepdim=True))
+    return grad.addcmul_(weights, grad.sum(dim=-1, keepdim=True), value=-1)
 
 
 def _to_values(ctx: Any, b: int, weights: Tensor, part: Tensor, d_summed: Tensor | None) -> Tensor:
     """Gradient of the memory as values: (N, D)."""
     if ctx.keep is not None:
-        weights = weights.clone()
-        ctx.keep.apply(b, weights)
-    weights = weights.to(part.dtype)
+        weights = ctx.keep.kept_of(b, weights)
     if d_summed is not None:
         return times_transposed(weights.t(), d_summed.t())
     split = torch.bmm(weights.view(*part.shape[:2], -1).transpose(1, 2), part)  # (h, N, d)

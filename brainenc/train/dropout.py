@@ -32,9 +32,9 @@ class Keep:
         kept = draws.view(torch.int16)[: n_batch * n].view(n_batch, n) >= dropped - _LEVELS // 2
         return cls(kept, _LEVELS / (_LEVELS - dropped))
 
-    def apply(self, b: int, values: Tensor) -> None:
-        """Drop and scale the values of sample ``b``, in place."""
-        values.mul_(self.kept[b].view_as(values)).mul_(self.scale)
+    def kept_of(self, b: int, values: Tensor) -> Tensor:
+        """The values of sample ``b``, those dropped as zeros, not scaled."""
+        return values * self.kept[b].view_as(values)
 
     def mask(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """What a whole batch is multiplied by."""
