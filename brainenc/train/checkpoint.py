@@ -283,13 +283,16 @@ NOTHING = Choice(folder=None, manifest=None, skipped=())
 """No checkpoint was looked for, or none is there."""
 
 
-def newest(roots: Iterable[Path]) -> Choice:
-    """The newest checkpoint in any of the folders that verifies."""
+def newest(roots: Iterable[Path], run_id: str | None = None) -> Choice:
+    """The newest checkpoint in any of the folders that verifies and, where an id is given, belongs to that run."""
     skipped: list[str] = []
     candidates = sorted((c for root in roots for c in list_checkpoints(root)), key=lambda f: (-f.step, f.emergency))
     for candidate in candidates:
         try:
-            return Choice(folder=candidate.folder, manifest=verify(candidate.folder), skipped=tuple(skipped))
+            manifest = verify(candidate.folder)
+            if run_id is None or manifest.config.get("id", "") == run_id:
+                return Choice(folder=candidate.folder, manifest=manifest, skipped=tuple(skipped))
+            skipped.append(f"{candidate.folder} belongs to another run that was in this place.")
         except CheckpointUnusable as error:
             skipped.append(str(error))
         except OSError as error:

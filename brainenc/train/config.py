@@ -51,7 +51,9 @@ class TrainConfig:
     # What is trained on
     subject_dir: str
     out: str
-    """The run folder, or the URL of one."""
+    """The run folder."""
+    id: str = ""
+    """Drawn when the run is made: checkpoints of another run that lay in the same place are told apart by it."""
     store: str | None = None
     """None: features are computed on the fly by a callable."""
     features: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from brainenc.guard.messages import EXIT_STOPPED_SAFELY, NullGuard, StepGuard
 from brainenc.train import orders, prepare
 from brainenc.train.config import TrainConfig, Workers
 from brainenc.train.drills import Drills, Planned
+from brainenc.train.elsewhere import elsewhere, on_this_node
 from brainenc.train.inputs import OpenViews, StoredViews
 from brainenc.train.orders import FolderOrders, Hearing, SignalOrders
 from brainenc.train.ridge_run import ENCODER as RIDGE
@@ -79,7 +81,7 @@ def train(
         BrainencError: the inputs are not usable; nothing was started.
     """
     folder = RunFolder(config.out)
-    note = note or _ignore
+    note, config = note or _ignore, replace(config, id=secrets.token_hex(8))
     views = open_views or StoredViews(config)
     prepare.check(config, views, note=note)
     folder.create(config)
@@ -125,13 +127,14 @@ def _launch(config: TrainConfig, views: OpenViews, progress: Progress, note: Not
     if config.encoder.encoder == "ridge":
         return _ridge(config, views, progress, note)
     workers = Workers.parse(config.workers) if config.workers else default_workers()
-    orders.clear(RunFolder(config.out))
+    folder = RunFolder(config.out)
     try:
-        outcome = (
-            _alone(config, views, progress, note)
-            if workers.high == 0
-            else _with_ray(config, workers, views, progress, note)
-        )
+        with folder.held():
+            orders.clear(folder)
+            if workers.high == 0:
+                outcome = _alone(config, views, progress, note)
+            else:
+                outcome = _with_ray(config, workers, views, progress, note)
     except BrainencError as error:
         return _failed(config, error)
     best = outcome.position.best
@@ -328,6 +331,7 @@ def _trainer(config: TrainConfig, workers: Workers, views: OpenViews, coordinato
         _worker,
         train_loop_config={
             "config": config.to_dict(), "views": views, "driver_pid": os.getpid(), "coordinator": coordinator,
+            "elsewhere": elsewhere(folder.path),
         },
         scaling_config=ScalingConfig(
             num_workers=number, use_gpu=gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {})}
@@ -394,11 +398,16 @@ def _worker(given: dict[str, Any]) -> Any:
     from brainenc.train.team import Distributed
     from brainenc.train.worker import Relief, Surroundings, work
 
-    config = TrainConfig.from_dict(given["config"])
-    context, folder, relief = ray.train.get_context(), RunFolder(config.out), Relief()
+    config, context, relief = TrainConfig.from_dict(given["config"]), ray.train.get_context(), Relief()
     team = Distributed(timeout_s=config.status_timeout_s, local_rank=context.get_local_rank())
     gpu = torch.cuda.is_available() and config.device != "cpu"
-    with _rank_guard(config, given["coordinator"], team.rank, gpu=gpu, relief=relief) as guard:
+    with (
+        on_this_node(given["elsewhere"], sends=context.get_local_rank() == 0) as here,
+        _rank_guard(config, given["coordinator"], team.rank, gpu=gpu, relief=relief) as guard,
+    ):
+        if here is not None:
+            config = replace(config, out=str(here), split=str(RunFolder(here).split_file))
+        folder = RunFolder(config.out)
         around = Surroundings(
             team=team, device=ray.train.torch.get_device() if gpu else torch.device("cpu"), open_views=given["views"],
             guard=Hearing(guard, [FolderOrders(folder)] if team.rank == 0 else []), relief=relief,

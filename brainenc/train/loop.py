@@ -494,6 +494,7 @@ class Fit:
             if best:
                 self._hooks.scored(r_lh, r_rh, self.position)
         self._checkpoint(best=best)
+        self._team.exchange_text("")  # rank 0 may have had to wait for a slow disk: longer than a word may take
 
 
 def _merged(score: StreamingPearson, team: Team) -> StreamingPearson:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,28 @@ class RunFolder:
         for folder in (self.path, self.checkpoints):
             atomic.make_dirs(folder)
         atomic.replace(self.config_file, config.to_yaml().encode())
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the run for this process and its workers; released by the system when the process dies.
+
+        Raises:
+            UsageError: another process holds it.
+        """
+        with open(self.path / ".lock", "a+") as file:
+            try:
+                _lock(file.fileno())
+            except BlockingIOError:
+                file.seek(0)
+                who = file.read().strip() or "somebody"
+                raise UsageError(
+                    f"{self.path} is being trained by {who}. Wait for it, stop it (SIGTERM saves first), or choose "
+                    "another --out."
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
 
     def update(self, config: TrainConfig) -> None:
         """Replace the configuration of a run that goes on."""
@@ -99,6 +124,20 @@ class RunFolder:
         for line in lines:
             if all(_place(line) < place for run, place in began.items() if run > int(line.get("run", 0))):
                 yield line
+
+
+def _lock(descriptor: int) -> None:
+    """An exclusive lock, where the system and the file system know one; other places go without."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a network file system without locks
+        return
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:

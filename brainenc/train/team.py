@@ -17,6 +17,9 @@ import torch.distributed as dist
 
 from brainenc.errors import TrainingFailed
 
+_PATIENCE_S = 900.0
+"""How long ranks wait for one that saves or loads: the slowest disk that is still of use."""
+
 Words = npt.NDArray[np.float64]
 
 
@@ -119,6 +122,8 @@ class Distributed:
     def __init__(self, *, timeout_s: float, local_rank: int = 0) -> None:
         self.rank, self.size, self.local_rank = dist.get_rank(), dist.get_world_size(), local_rank
         self._words: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        # A rank may write a checkpoint to a slow disk while the others wait for where it lies.
+        self._patient: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(_PATIENCE_S, timeout_s)))
 
     def exchange(self, word: Words) -> Words:
         """Every rank's word: each fills its own row of a matrix of zeros, which is summed (114 us for two ranks)."""
@@ -131,7 +136,7 @@ class Distributed:
     def exchange_text(self, text: str) -> list[str]:
         """Every rank's text."""
         texts: list[Any] = [None] * self.size
-        self._guarded("a message", dist.all_gather_object, texts, text, group=self._words)
+        self._guarded("a message", dist.all_gather_object, texts, text, group=self._patient)
         return [str(t) for t in texts]
 
     def sum(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -150,19 +155,19 @@ class Distributed:
     def broadcast(self, value: Any, source: int) -> Any:
         """``value`` of rank ``source``, by gloo and pickle between ranks of one run."""
         box = [value if self.rank == source else None]
-        self._guarded("a value", dist.broadcast_object_list, box, src=source, group=self._words)
+        self._guarded("a value", dist.broadcast_object_list, box, src=source, group=self._patient)
         return box[0]
 
     def fill(self, tensors: Iterable[torch.Tensor], source: int) -> None:
         """One tensor after the other through host memory, so that no second copy of the model is needed."""
         for tensor in tensors:
             host = tensor.detach().to("cpu").contiguous()
-            self._guarded("weights", dist.broadcast, host, src=source, group=self._words)
+            self._guarded("weights", dist.broadcast, host, src=source, group=self._patient)
             tensor.data.copy_(host)
 
     def close(self) -> None:
-        """Forget the words' group; the default group belongs to who made it."""
-        self._words = None
+        """Forget our groups; the default group belongs to who made it."""
+        self._words = self._patient = None
 
     def _guarded(self, doing: str, call: Any, *args: Any, **kwargs: Any) -> Any:
         try:

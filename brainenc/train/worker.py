@@ -148,7 +148,7 @@ def _start(
     around.guard.reserve(state_bytes, "gradients and optimizer state")
     share = -(-config.batch_size // team.size)
     stepper = Stepper(model, team, step_settings(config), micro_batch=min(share, config.micro_batch or share))
-    found = checkpoint.newest(writer.places()) if team.local_rank == 0 else checkpoint.NOTHING
+    found = checkpoint.newest(writer.places(), config.id) if team.local_rank == 0 else checkpoint.NOTHING
     for why in found.skipped:
         notes(f"Passed over: {why}")
     steps = team.exchange(np.array([found.manifest.position.step if found.manifest else -1], dtype=np.float64))[:, 0]
@@ -160,6 +160,8 @@ def _start(
             checkpoint.load_optimizer(checkpoint.load_state(found.folder), stepper.optimizer)
             start = found.manifest.position
             notes(f"Going on from {found.folder}: epoch {start.epoch}, step {start.step}.")
+            if found.manifest.config.get("micro_batch") != config.micro_batch:  # asked for anew
+                start = replace(start, micro_batch=0)
         start = Position(**team.broadcast(asdict(start), holder))
         if start.micro_batch:
             stepper.micro_batch = min(stepper.micro_batch, start.micro_batch)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,9 @@ def test_a_run_leaves_what_it_promises(small, tmp_path):
     result = train(small.config(out), progress=seen.append)
 
     assert (result.status, result.exit_code, result.step) == ("done", 0, 10)
-    assert TrainConfig.from_yaml((out / "config.yaml").read_text()) == small.config(out)
+    config = TrainConfig.from_yaml((out / "config.yaml").read_text())
+    assert replace(config, id="") == small.config(out)
+    assert config.id
     indices = np.load(out / "idxs.npy")
     assert sorted(indices) == list(range(45))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -71,6 +74,30 @@ def test_a_resumed_run_may_not_become_another(small, tmp_path):
 
     assert (more.status, more.step) == ("done", 15)
     assert RunFolder(out).config().epochs == 3
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(small, tmp_path):
+    out = tmp_path / "run"
+    train(small.config(out, epochs=1, predict=False))
+
+    with RunFolder(out).held():
+        result = resume(out, {"epochs": 2})
+
+    assert "is being trained by process" in str(result.error)
+    assert resume(out, {"epochs": 2}).status == "done"
+
+
+def test_what_another_run_left_in_the_same_place_is_not_taken(small, tmp_path):
+    """Its configuration is gone, its checkpoints are not: the new run begins at the beginning, and says why."""
+    out = tmp_path / "run"
+    train(small.config(out, predict=False))
+    (out / "config.yaml").unlink()
+    notes = []
+
+    result = train(small.config(out, epochs=1, predict=False), note=notes.append)
+
+    assert (result.status, result.step) == ("done", 5)
+    assert any("belongs to another run" in note for note in notes)
 
 
 def test_what_is_no_run_folder_is_said(tmp_path, capsys):

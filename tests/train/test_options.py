@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -62,6 +63,28 @@ def test_tensorboard_gets_the_figures(small, tmp_path):
     events.Reload()
     assert {"train/loss", "train/lr", "train/grad_norm", "val/val_perf"} <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 11))
+
+
+def test_weights_and_biases_gets_the_figures_under_the_same_run_after_a_resume(small, tmp_path, monkeypatch):
+    """The library is not needed for this: the seam is four calls."""
+    from types import SimpleNamespace
+
+    from brainenc.train.launch import resume
+
+    logged, begun = [], []
+
+    def init(**fields):
+        begun.append(fields)
+        return SimpleNamespace(log=lambda figures, step: logged.append((step, figures)), finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    train(small.config(tmp_path / "run", trackers=("wandb",), predict=False))
+    resume(tmp_path / "run", {"epochs": 3})
+
+    assert {step for step, _ in logged} == set(range(1, 16))
+    assert {b["id"] for b in begun} == {"run"}
+    assert {b["resume"] for b in begun} == {"allow"}
+    assert "train/grad_norm" in logged[0][1]
 
 
 def test_an_unknown_tracker_is_named(small, tmp_path):
