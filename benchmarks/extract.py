@@ -54,10 +54,11 @@ def speed(root: Path) -> list[Figure]:
     model, images = _model(root, "small", **_SMALL), _images(root / "photos", 96, 425)
     figures = []
     for actors, target in ((1, 0.97), (2, 0.95)):
-        bare = _bare(model, images, processes=actors)
+        before = _bare(model, images, processes=actors)
         ours = _extract(
             root, images, model, ["11.q"], actors=actors, extra=["--rows-per-shard", "48" if actors == 1 else "24"]
         )
+        bare = (before + _bare(model, images, processes=actors)) / 2  # around ours: other work comes and goes
         figures.append(
             Figure(
                 name=f"images/s of {actors} actor(s) against {actors} bare loop(s)",

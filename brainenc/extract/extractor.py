@@ -84,6 +84,11 @@ class Extractor:
         """Micro-batch that memory allows here; learned, and kept for this worker's life."""
         self._rows_done = 0
 
+    @property
+    def rows_done(self) -> int:
+        """Images that went through the model since this was made."""
+        return self._rows_done
+
     def close(self) -> None:
         """End the decoding threads."""
         self._ahead.close()

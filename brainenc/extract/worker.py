@@ -75,9 +75,17 @@ class Worker:
         if permit != "go":
             return ShardOutcome(task=task.name, status="stopped" if permit == "stop" else "quarantined")
         outcome = self._extract(task)
+        if self._extractor is not None:
+            with self._lock:
+                self._reading = replace(self._reading, rows=self._extractor.rows_done)
         self._ledger.tell(self._sample())
         self._ledger.end(task.name, sealed=outcome.status == "sealed")
         return outcome
+
+    @property
+    def stopping(self) -> bool:
+        """It was told to stop: what is at work ends at the next micro-batch."""
+        return self._stop.is_set()
 
     def close(self) -> None:
         """End the threads."""
