@@ -33,13 +33,14 @@ def command(
 ) -> None:
     """Show where each ROI looks: arrays of shape (images, ROIs, rows, columns), and colours on the images."""
     from brainenc.train.attention import maps_of_run
+    from brainenc.train.elsewhere import run_to_look_at
     from brainenc.train.evaluate import open_run
 
-    opened = open_run(run, device=device)
-    chosen = list(stimuli) or opened.subject.ids(part)[:count]
-    target = out or opened.folder.path / "attention"
     files = []
-    with Progress("attention", json_lines=as_json) as progress:
+    with run_to_look_at(run) as folder, Progress("attention", json_lines=as_json) as progress:
+        opened = open_run(folder, device=device)
+        chosen = list(stimuli) or opened.subject.ids(part)[:count]
+        target = out or opened.folder.path / "attention"
         for path in maps_of_run(opened, part, chosen, target):
             files.append(path)
             progress.update(len(files))
