@@ -310,8 +310,18 @@ class Collection:
 
     def _extended(self, manifest: Manifest, receipts: Iterable[int]) -> Manifest:
         known = {entry.shard for entry in manifest.shards}
-        new = [ShardEntry.of(self.receipt(shard)) for shard in receipts if shard not in known]
+        found = [self._receipt_mended(shard) for shard in receipts if shard not in known]
+        new = [ShardEntry.of(receipt) for receipt in found if receipt is not None]
         return Manifest(spec=manifest.spec, shards=_in_order([*manifest.shards, *new]))
+
+    def _receipt_mended(self, shard: int) -> Receipt | None:
+        """A receipt; one that is broken is made again from its shard, so that a flipped bit in it stops no driver."""
+        try:
+            return self._receipt_or_none(shard)
+        except CorruptData as error:
+            log.warning("writing a receipt again: %s", error)
+            self.place.delete(layout.receipt_file(self.key, shard))
+            return self.adopt(shard)
 
 
 def _in_order(entries: Sequence[ShardEntry]) -> tuple[ShardEntry, ...]:

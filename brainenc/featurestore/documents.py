@@ -17,6 +17,8 @@ from brainenc.featurestore.checksums import digest
 VERSION = 1
 """Of every document here. Raised when an older brainenc would misread a new document."""
 
+_WAY_OUT = "`brainenc store repair` mends what can be mended."
+
 Json = dict[str, Any]
 
 
@@ -49,9 +51,9 @@ def read_document(kind: str, data: bytes, where: str) -> Json:
         body: Json = json.loads(data)
         found, version, checksum = body["kind"], int(body["version"]), body.pop("checksum")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptData(f"{where} is torn or was changed: it is no {kind} document.") from error
+        raise CorruptData(f"{where} is torn or was changed: it is no {kind} document. {_WAY_OUT}") from error
     if found == kind and version > VERSION:
         raise NotAStore(f"{where} has version {version}, this brainenc reads up to {VERSION}: use a newer brainenc.")
     if found != kind or checksum != digest(canonical(body)):
-        raise CorruptData(f"{where} is torn or was changed: its checksum does not match its content.")
+        raise CorruptData(f"{where} is torn or was changed: its checksum does not match its content. {_WAY_OUT}")
     return body

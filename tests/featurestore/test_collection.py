@@ -207,6 +207,24 @@ class TestAdoption:
 
 
 class TestCommit:
+    def test_a_broken_receipt_is_made_again_from_its_shard(self, tmp_path):
+        collection = make_collection(tmp_path)
+        fill(collection, values(23))
+        before = tree(tmp_path)
+        path = tmp_path / KEY / "shard-00002.json"
+        path.write_bytes(path.read_bytes()[:-30])
+        assert len(collection.commit().shards) == 5
+        assert before.items() <= tree(tmp_path).items()
+
+    def test_a_broken_receipt_of_a_broken_shard_is_not_committed(self, tmp_path):
+        collection = make_collection(tmp_path)
+        fill(collection, values(23))
+        for suffix in ("json", "arrow"):
+            path = tmp_path / KEY / f"shard-00002.{suffix}"
+            path.write_bytes(path.read_bytes()[:-30])
+        assert [entry.shard for entry in collection.commit().shards] == [0, 1, 3, 4]
+        assert collection.sealed() == {0, 1, 3, 4}
+
     def test_commits_are_numbered_and_nothing_new_is_no_commit(self, tmp_path):
         collection, rows = make_collection(tmp_path), values(23)
         fill(collection, rows, shards=[4])
