@@ -162,11 +162,18 @@ class Subject:
         return ceiling
 
     def truth(self) -> dict[str, Any] | None:
-        """What was planted (``truth.json``), for a synthetic subject."""
+        """What was planted (``truth.json``), for a synthetic subject.
+
+        Raises:
+            DataError: the file is torn.
+        """
         path = self.folder / layout.TRUTH
         if not path.exists():
             return None
-        truth: dict[str, Any] = json.loads(path.read_text())
+        try:
+            truth: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise DataError(f"{path} is no whole JSON file: {error}. Make the synthetic subject again.") from error
         return truth
 
     def _mask(self, hemisphere: Hemisphere, roi_class: str) -> npt.NDArray[Any]:

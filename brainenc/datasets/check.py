@@ -58,7 +58,7 @@ def check(folder: str | Path) -> SubjectCheck:
     result.n_train, result.n_test = (len(_images(subject, split)) for split in _SPLITS)
     result.synthetic = (found / layout.TRUTH).exists()
     for look in (_look_at_images, _look_at_responses, _look_at_rois, _look_at_the_rest):
-        result.problems += [problem for problem in look(subject, result) if problem not in result.problems]
+        result.problems = list(dict.fromkeys([*result.problems, *look(subject, result)]))
     return result
 
 
@@ -147,5 +147,6 @@ def _look_at_the_rest(subject: Subject, result: SubjectCheck) -> Iterator[str]:
     absent = [name for name in names if not (subject.folder / name).exists()]
     if absent:
         result.notes.append(f"{len(absent)} fsaverage masks are missing ({absent[0]} ...): no maps on the surface")
+    yield from _told(subject.truth)
     if result.n_vertices != (0, 0):
         yield from _told(*(lambda h=h: subject.noise_ceiling(h) for h in HEMISPHERES))

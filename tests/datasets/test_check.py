@@ -85,3 +85,16 @@ def test_the_command_makes_a_subject_that_is_usable(tmp_path, capsys, named):
 def test_vertices_must_be_numbers(tmp_path, capsys):
     assert run(["data", "synth", "--out", str(tmp_path), "--vertices", "many"]) == 2
     assert "19004,20544" in capsys.readouterr().err
+
+
+def test_one_torn_file_is_one_problem(broken):
+    data = (broken / LH).read_bytes()
+    (broken / LH).write_bytes(data[:500])
+    problems = check(broken).problems
+    assert len(problems) == 1
+    assert "no whole NumPy file" in problems[0]
+
+
+def test_a_torn_truth_is_a_problem(broken):
+    (broken / "truth.json").write_text('{"max_val')
+    assert ["truth.json is no whole JSON file" in problem for problem in check(broken).problems] == [True]
