@@ -112,7 +112,7 @@ class EmergencyFiles:
     def retire(self) -> None:
         """Training has ended by itself: rename what is left to ``*.done``, so that the next run starts afresh."""
         for path in self.found():
-            for part in (path.with_name(path.name + ".sha256"), path):
+            for part in (path.with_name(path.name + ".xxh128"), path):
                 if part.exists():
                     part.replace(part.with_name(part.name + ".done"))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import hashlib
 import os
 import random
 import sys
@@ -18,6 +17,8 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
+
+import xxhash
 
 from brainenc import atomic
 from brainenc.errors import CheckpointUnusable, NoSpace
@@ -84,7 +85,7 @@ def write(content: Mapping[str, Any], final: Path) -> int:
 
 
 def verify(path: Path) -> None:
-    """Check a file against its SHA-256 (``sha256sum -c`` does the same), or the CRCs inside it where that is missing.
+    """Check a file against its XXH128 (``xxh128sum -c`` does the same), or the CRCs inside it where that is missing.
 
     Raises:
         CheckpointUnusable: torn, changed, or no checkpoint.
@@ -93,7 +94,7 @@ def verify(path: Path) -> None:
         if sum_path(path).exists():
             wanted = sum_path(path).read_text().split()[0]
             if (found := _file_hash(path)) != wanted:
-                raise CheckpointUnusable(f"{path} has SHA-256 {found}, its .sha256 says {wanted}: changed or torn.")
+                raise CheckpointUnusable(f"{path} has the XXH128 {found}, its .xxh128 says {wanted}: changed or torn.")
             return
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
@@ -132,8 +133,8 @@ def load(path: Path, *, trust: bool = False) -> dict[str, Any]:
 
 
 def sum_path(path: Path) -> Path:
-    """Where the SHA-256 of a checkpoint lies."""
-    return path.with_name(path.name + ".sha256")
+    """Where the XXH128 of a checkpoint lies: at 29 GB/s, where SHA-256 takes half a second for every gigabyte twice."""
+    return path.with_name(path.name + ".xxh128")
 
 
 def restore(content: Mapping[str, Any], objects: Mapping[str, Any], where: Path) -> None:
@@ -273,7 +274,7 @@ class _Hashing:
     """A file to write to that hashes what passes. Large tensors pass as views; nothing is copied."""
 
     def __init__(self, fd: int) -> None:
-        self._fd, self._hash, self.written = fd, hashlib.sha256(), 0
+        self._fd, self._hash, self.written = fd, xxhash.xxh3_128(), 0
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -292,7 +293,7 @@ class _Hashing:
 
 
 def _file_hash(path: Path) -> str:
-    found = hashlib.sha256()
+    found = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):  # else the cache would tell what was meant, not what the disk holds
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

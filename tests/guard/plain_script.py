@@ -23,7 +23,7 @@ def leak(mb_per_s, piece=8 * MB):
     """Allocate and touch at a rate; 0 is as fast as the machine can."""
     start, done = time.perf_counter(), 0
     while True:
-        kept.append(bytearray(b"\1") * piece)
+        kept.append(b"\1" * piece)
         done += piece
         if mb_per_s:
             time.sleep(max(0.0, start + done / (mb_per_s * MB) - time.perf_counter()))

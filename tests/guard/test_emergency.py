@@ -102,14 +102,14 @@ def test_other_files_are_left_alone(files, tmp_path):
 
 def test_a_finished_training_retires_its_files(files, tmp_path):
     files.save(3, put)
-    (tmp_path / "run/emergency_epoch3.pth.sha256").write_text("sum")
+    (tmp_path / "run/emergency_epoch3.pth.xxh128").write_text("sum")
 
     files.retire()
 
     assert files.found() == []
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "emergency_epoch3.pth.done",
-        "emergency_epoch3.pth.sha256.done",
+        "emergency_epoch3.pth.xxh128.done",
     ]
 
 

@@ -1,0 +1,229 @@
+"""The memory guard: what it costs, how fast it sees, how fast it saves, and who wins the race against a leak."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.figures import Figure
+
+TITLE = "Memory guard"
+NOTES = """\
+Races run under a real memory limit of 1.5 GB with 82 MB of training state in a plain script; twenty of each are in
+`make soak`. They need root and a memory control group, and are left out elsewhere. A detection is timed from the first look of the
+allocating process itself, after every 4 MB, that finds the threshold crossed.
+"""
+ROOT = Path(__file__).parents[1]
+MB = 1 << 20
+
+
+def run() -> list[Figure]:
+    """Measure."""
+    from brainenc.guard.testing import can_limit_memory
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        figures = [*_calm(folder), *_worker(), _saving(folder)]
+        if can_limit_memory():
+            figures += [*_tense(folder), *_races(folder), _false_alarms(folder)]
+    return figures
+
+
+def _calm(folder: Path) -> list[Figure]:
+    """A script that only checks."""
+    import torch
+
+    from brainenc.guard import MemoryGuard
+
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.Adam(model.parameters())
+    best = float("inf")
+    with MemoryGuard(model=model, optimizer=optimizer, save_dir=folder / "calm", say=lambda text: None) as guard:
+        for _ in range(5):
+            start = time.perf_counter()
+            for step in range(50_000):
+                guard.check(step, epoch=0)
+            best = min(best, (time.perf_counter() - start) / 50_000)
+        cores, memory = _watcher_use(guard.watcher_pid, 10.0)
+    return [
+        Figure(name="one `check` when calm, every tenth with its closer look", value=best * 1e6, unit="µs", target=5,
+               at_most=True),
+        Figure(name="watcher when calm, a look every 100 ms", value=100 * cores, unit="% of a core", target=1,
+               at_most=True),
+        Figure(name="watcher's resident memory", value=memory / 1e6, unit="MB", target=30, at_most=True),
+    ]  # fmt: skip
+
+
+def _worker() -> list[Figure]:
+    """The guard of a Ray worker, beside a loop that sleeps: its thread's and its calls' processor time."""
+    from brainenc.guard.worker import WorkerGuard
+
+    with WorkerGuard("rank0") as guard:
+        cpu, wall = time.process_time(), time.perf_counter()
+        for step in range(100):
+            with guard.computing():
+                time.sleep(0.1)
+            guard.pending()
+            with guard.updating():
+                guard.beat(epoch=0, step=step)
+        share = (time.process_time() - cpu) / (time.perf_counter() - wall)
+        start = time.perf_counter()
+        for _ in range(100_000):
+            guard.pending()
+        asking = (time.perf_counter() - start) / 100_000
+        start = time.perf_counter()
+        for step in range(20_000):
+            with guard.computing(), guard.updating():
+                guard.beat(epoch=0, step=step)
+        step_cost = (time.perf_counter() - start) / 20_000 + asking
+    return [
+        Figure(name="`pending`, asked at every step", value=asking * 1e6, unit="µs", target=5, at_most=True),
+        Figure(name="all calls of a step, over a step of 0.1 s, in the training thread", value=100 * step_cost / 0.1,
+               unit="%", target=0.1, at_most=True, note=f"{step_cost * 1e6:.1f} µs a step"),
+        Figure(name="guard in the worker, listening thread included, four heartbeats a second", value=100 * share,
+               unit="% of a core", target=1, at_most=True),
+    ]  # fmt: skip
+
+
+def _saving(folder: Path) -> Figure:
+    """40 million parameters with Adam: 480 MB, streamed, hashed, flushed, read back."""
+    import torch
+
+    from brainenc.guard import pytorch as files
+
+    model = torch.nn.Sequential(*[torch.nn.Linear(2000, 2000, bias=False) for _ in range(10)])
+    optimizer = torch.optim.Adam(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    objects = {"model": model, "optimizer": optimizer}
+    content = files.payload(objects, epoch=0, step=1, rng=files.capture_rng())
+    data = os.urandom(MB) * 480
+    seconds, plain = [], []
+    for _ in range(3):
+        start = time.perf_counter()
+        n_bytes = files.write(content, folder / "emergency_epoch0.pth")
+        seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        with open(folder / "plain", "wb", buffering=0) as file:
+            file.write(data)
+            os.fsync(file.fileno())
+        plain.append(time.perf_counter() - start)
+    return Figure(
+        name="order to durable, 40 M parameters with Adam", value=min(seconds), unit="s", target=2, at_most=True,
+        reference=f"the same bytes written and flushed only: {min(plain):.2f} s", note=f"{n_bytes / 1e6:.0f} MB",
+    )  # fmt: skip
+
+
+_CROSSING = """
+import json, signal, sys, time
+from brainenc.guard.policy import Thresholds
+from brainenc.guard.probe import Probe
+from brainenc.guard.watcher import WAKE_SIGNAL, Watcher, WatcherSettings
+from brainenc.guard.policy import Timing
+woken, kept, probe = [], [], Probe()
+signal.signal(WAKE_SIGNAL, lambda *_: woken.append(time.monotonic()))
+settings = WatcherSettings(thresholds=Thresholds(ram_warn=.5, ram_critical=.6), by_signal=True, brake=False,
+                           policy={"predict_from": 1.0}, timing=Timing(0.0, 0.0))
+watcher = Watcher(settings)
+time.sleep(1)
+crossed = {}
+piece, rate, start, done = 4 << 20, float(sys.argv[1]) * 1e6, time.perf_counter(), 0
+while probe.levels()[0].fraction < .65:
+    kept.append(b"1" * piece); done += piece
+    fraction = probe.levels()[0].fraction
+    for level in (.5, .6):
+        if fraction >= level: crossed.setdefault(level, time.monotonic())
+    time.sleep(max(0, start + done / rate - time.perf_counter()))
+end = time.monotonic() + 1
+while len(woken) < 2 and time.monotonic() < end: time.sleep(.001)
+latencies = [w - c for w, c in zip(woken, crossed.values())]
+held = probe.levels()[0].fraction
+kept.append(b"1" * int((.75 - held) * probe.levels()[0].limit)); before = time.monotonic()
+def cpu(): return sum(map(int, open(f"/proc/{watcher.pid}/stat").read().split()[13:15]))
+first = cpu(); time.sleep(5)
+print(json.dumps({"latencies": latencies, "cores": (cpu() - first) / 100 / (time.monotonic() - before)}))
+watcher.close()
+"""
+
+
+def _tense(folder: Path) -> list[Figure]:
+    """Crossings of two thresholds at three speeds, and the watcher above 70 %."""
+    latencies, cores = [], []
+    for rate in (50, 200, 200, 1000, 1000):
+        found = json.loads(_inside(512 * MB, ["-c", _CROSSING, rate], folder).stdout)
+        latencies += found["latencies"]
+        cores.append(found["cores"])
+    return [
+        Figure(name="from crossing a threshold to the script's signal handler, the slowest", value=1e3 * max(latencies),
+               unit="ms", target=150, at_most=True, note=f"{len(latencies)} crossings at 50 to 1,000 MB/s"),
+        Figure(name="watcher above 70 %, a look every 10 ms", value=100 * min(cores), unit="% of a core", target=1,
+               at_most=True),
+    ]  # fmt: skip
+
+
+def _races(folder: Path) -> list[Figure]:
+    """Five leaks of each kind against the guard of a plain script."""
+    figures = []
+    for name, rate, thread in (
+        ("200 MB/s in another thread", 200, True),
+        ("1.3 GB/s in another thread", 1300, True),
+        ("as fast as the machine fills, in the main thread", 0, False),
+    ):
+        won = sum(_race(folder / f"{rate}-{i}", rate, thread) for i in range(5))
+        label = f"checkpoint durable before the limit, leak of {name}"
+        figures.append(Figure(name=label, value=won, unit="of 5", target=5 if rate else 4))
+    return figures
+
+
+def _race(folder: Path, rate: int, thread: bool) -> bool:
+    folder.mkdir()
+    options = ["--leak", rate, "--leak-at", 12, "--width", 400_000, "--step-s", 0.05, "--epochs", 100]
+    script = ROOT / "tests/guard/plain_script.py"
+    done = _inside(1536 * MB, [script, folder, *options, *(["--thread"] if thread else [])], folder, check=False)
+    return done.returncode == 75
+
+
+def _false_alarms(folder: Path) -> Figure:
+    """A minute of random reads through a map of three times the limit."""
+    from brainenc.guard.testing import drop_cache
+
+    path = folder / "store"
+    with open(path, "wb") as file:
+        for _ in range(96):
+            file.write(os.urandom(MB) * 16)
+    drop_cache([path])
+    found = json.loads(_inside(512 * MB, [ROOT / "tests/guard/reading_maps.py", path, 60], folder).stdout)
+    return Figure(
+        name="false alarms in a minute of random reads over three times the limit", value=len(found["alarms"]),
+        unit="", target=0, at_most=True, note=f"{found['read'] / 1e9:.0f} GB read, at most {found['highest']:.0%} used",
+    )  # fmt: skip
+
+
+def _inside(limit: int, command: list, folder: Path, *, check: bool = True) -> subprocess.CompletedProcess:
+    from brainenc.guard.testing import MemoryLimit
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(folder), "TMPDIR": str(folder)}
+    with MemoryLimit(limit) as group:
+        return subprocess.run(
+            [sys.executable, *map(str, command)], preexec_fn=group.enter, cwd=ROOT, env=environment,
+            capture_output=True, text=True, timeout=300, check=check,
+        )  # fmt: skip
+
+
+def _watcher_use(pid: int, seconds: float) -> tuple[float, int]:
+    """Share of a core over some seconds, and resident bytes."""
+
+    def ticks() -> int:
+        return sum(map(int, Path(f"/proc/{pid}/stat").read_text().split()[13:15]))
+
+    before, start = ticks(), time.perf_counter()
+    time.sleep(seconds)
+    cores = (ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.perf_counter() - start)
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return cores, pages * os.sysconf("SC_PAGE_SIZE")
