@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -84,11 +85,16 @@ def elsewhere(folder: Path) -> Elsewhere | None:
 
 
 @contextlib.contextmanager
-def on_this_node(run: Elsewhere | None, *, every_s: float = EVERY_S) -> Iterator[Path | None]:
+def on_this_node(run: Elsewhere | None, *, sends: bool = True, every_s: float = EVERY_S) -> Iterator[Path | None]:
     """The local folder of a run for one worker, with the newest of what any node has sent in it.
 
     On the driver's node that is the driver's own folder, which the driver sends. On another one it is a folder of its
-    own, sent by this process: checkpoints as they become whole, records every 30 s and at the end.
+    own, which one of its workers sends: checkpoints as they become whole, records every 30 s and at the end.
+
+    Args:
+        run: what :func:`elsewhere` gave the driver.
+        sends: whether this worker is the one of its node.
+        every_s: seconds between two times that records are sent.
 
     Yields:
         The folder; None where the run's own path will do.
@@ -97,14 +103,25 @@ def on_this_node(run: Elsewhere | None, *, every_s: float = EVERY_S) -> Iterator
         yield None
         return
     target, folder = _open(run.address)
-    if run.host == _host():
-        RunMirror(target, Path(run.folder), owner=run.owner).merge()
-        yield Path(run.folder)
-        return
-    mirror = RunMirror(target, folder, owner=run.owner, every_s=every_s)
-    mirror.merge()
-    with mirror:
+    drivers = run.host == _host()
+    folder = Path(run.folder) if drivers else folder
+    with _alone_on(folder):
+        mirror = RunMirror(target, folder, owner=run.owner, every_s=every_s)
+        mirror.merge()
+    with contextlib.nullcontext() if drivers or not sends else mirror:
         yield folder
+
+
+@contextlib.contextmanager
+def _alone_on(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time: the first to come may have to clear what an older run left."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _host() -> str:

@@ -11,7 +11,7 @@ from brainenc.featurestore import open_store
 from brainenc.featurestore.places.object import ObjectPlace
 from tests.extract.killing import family, finish, kill, start, wait_for
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos]
 STORE, RUN = "gs://lab/features", "gs://lab/runs/first"
 
 
@@ -75,3 +75,30 @@ def test_extract_and_train_in_a_bucket_with_everything_killed(gcs, subject, tmp_
     assert {r["epoch"] for r in records if r.get("split") == "val"} == set(range(30))
     assert len({r["run"] for r in records}) == 2, "it went on, it did not begin again"
     assert np.isfinite(json.loads(place.read("checkpoints/best.json"))["val_perf"])
+
+
+def test_ranks_on_nodes_that_share_no_disk_keep_one_run_in_the_bucket(cluster, gcs, subject, tmp_path, monkeypatch):
+    """Two nodes with a cache folder each and a driver with another one; then the driver's machine goes on alone."""
+    assert brainenc(extraction(subject, STORE)) == 0
+    for node in ("node-a", "node-b"):
+        (tmp_path / node).mkdir()
+        scratch = {"BRAINENC_CACHE": str(tmp_path / node), "STORAGE_EMULATOR_HOST": gcs.url}
+        cluster.add_node(num_cpus=1, object_store_memory=100_000_000, env_vars=scratch, include_dashboard=False)
+    cluster.wait_for_nodes()
+    monkeypatch.setenv("BRAINENC_CACHE", str(tmp_path / "driver"))
+    feature = open_store(STORE).keys()[0].partition("/")[2]
+    where = ["--subject-dir", str(subject), "--store", STORE, "--feature", feature, "--out", RUN]
+    log = tmp_path / "train.log"
+    process = start(
+        ["train", *where, "--workers", "2", "--epochs", "2", "--address", cluster.address, "--json"], log=log
+    )
+    done = finish(process, log=log)
+    assert (done["status"], done["run_folder"]) == ("done", RUN)
+    driver = next((tmp_path / "driver" / "runs").glob("first-*[!k]"))
+    assert not list(driver.glob("checkpoints/*/manifest.json")), "the ranks were on the other nodes"
+    assert len(in_bucket(gcs, "/manifest.json")) == 2
+    assert in_bucket(gcs, "predictions/lh_pred_test.npy")
+    assert brainenc(["train", "--resume", RUN, "--epochs", "3", "--workers", "0"]) == 0
+    records = [json.loads(line) for line in ObjectPlace(RUN).read("metrics.jsonl").decode().splitlines()]
+    assert {r["epoch"] for r in records if r.get("split") == "val"} == {0, 1, 2}
+    assert len({r["run"] for r in records}) == 2
