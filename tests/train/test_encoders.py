@@ -304,6 +304,25 @@ def test_gradients_of_attention_image_by_image_are_right(p, split, n_batch):
     assert torch.autograd.gradcheck(attend, inputs)
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_dropout_of_attention_keeps_the_mean(split):
+    """Over many draws, outputs average to those without dropout, biases of the values included."""
+    _, memory, position, _, values, n_heads = random_attention(1, split=split)
+    moved = torch.randn(1, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    parameters = (None, None) if values is None else (values.weight.view(n_heads, 4, 8), values.bias.view(n_heads, 4))
+
+    def attend(n, p):
+        many = memory[:1].detach().expand(n, -1, -1)
+        with torch.no_grad():
+            return AbsorbedAttention.apply(moved, many, position, *parameters, n_heads, p, torch.float64)
+
+    torch.manual_seed(0)
+    draws = attend(3000, 0.4)
+
+    spread = draws.std(dim=0) / 3000**0.5
+    assert ((draws.mean(dim=0) - attend(1, 0.0)[0]).abs() < 5 * spread).all()
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.5])
 def test_dropout_drops_its_share_and_keeps_the_mean(fraction):
     """A seed determines it; what is dropped is zero, in expectation nothing changes."""

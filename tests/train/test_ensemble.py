@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from brainenc.cli.main import cli
 from brainenc.errors import DataError, UsageError
 from brainenc.train.encoders.base import EncoderConfig
-from brainenc.train.ensemble import ensemble, vertex_weights
+from brainenc.train.ensemble import combine, ensemble, vertex_weights
 from brainenc.train.run_folder import RunFolder
 
 
@@ -56,6 +56,15 @@ def test_weights_are_the_softmax_of_correlation_times_forty():
 
     np.testing.assert_allclose(weights[:, 0], np.exp([20, 16]) / np.exp([20, 16]).sum(), rtol=1e-5)
     np.testing.assert_allclose(weights[:, 1], np.exp([0, 4]) / np.exp([0, 4]).sum(), rtol=1e-5)
+
+
+def test_each_vertex_has_its_own_weights():
+    """The first vertex trusts the first run, the second the second."""
+    weights = vertex_weights(np.array([[0.9, 0.1], [0.1, 0.9]]))
+
+    found = combine([np.full((3, 2), 1.0), np.full((3, 2), 2.0)], weights)
+
+    np.testing.assert_allclose(found, np.tile([1.0, 2.0], (3, 1)), rtol=1e-6)
 
 
 def test_predictions_are_weighted_sums(runs, tmp_path):

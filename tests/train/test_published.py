@@ -238,3 +238,15 @@ def test_imported_checkpoints_are_runs_of_ours(case, tmp_path, subject):
     assert distance(model(case.features)[0], case.arrays["expected/lh_pred"]) < 1e-5
     again = CliRunner().invoke(cli, arguments)
     assert "holds a run already" in str(again.exception)
+
+
+def test_families_of_sixteen_queries_use_the_first_of_each_half(case, tmp_path, subject):
+    """The published code gives every family 16 queries; a hemisphere reads its own half from the front."""
+    g = torch.Generator().manual_seed(0)
+    embed = torch.randn(16, 32, generator=g)
+    path = save(tmp_path, case, state=case.state | {"query_embed.weight": embed}, readout_res="places", num_queries=16)
+
+    model = load_published(path, subject)
+
+    assert model.queries.labels == ("OPA", "PPA", "RSC", "remainder")
+    assert torch.equal(model.query_embed.weight, torch.cat([embed[:4], embed[8:12]]))
