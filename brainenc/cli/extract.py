@@ -80,7 +80,9 @@ def _print(summary: ExtractSummary, as_json: bool) -> None:
         return
     for warning in summary.warnings:
         click.echo(f"note: {warning}")
-    if summary.images:
+    if summary.reused:
+        click.echo(f"{summary.reused} images had their rows in other stimulus sets already; those were copied.")
+    if summary.images or summary.reused:
         click.echo(
             f"{summary.images} images at {summary.images_per_s:.3g} a second, {summary.shards_sealed} shards sealed "
             f"({summary.shards_before} were there), in {format_seconds(summary.seconds)}."

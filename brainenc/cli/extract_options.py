@@ -24,7 +24,7 @@ _OPTIONS = [
     click.option("--stimuli", metavar="NAME", help="Name of the stimulus set, instead of the folder's."),
     click.option(
         "--by-id", is_flag=True,
-        help="Merge all sources into one set (--stimuli NAME) by stimulus id: images that subjects share get one row.",
+        help="Copy rows of images that other sets have, by id and content; with --stimuli NAME merge all sources.",
     ),
     click.option("--store", metavar="URL", help="Feature store: a folder or any fsspec URL; created if absent."),
     click.option(

@@ -44,7 +44,8 @@ class ExtractConfig:
     slug: str | None = None
     """Name of the backbone in keys; by default the last part of its name."""
     by_id: bool = False
-    """Merge all sources into one stimulus set by stimulus id: images that subjects share get one row."""
+    """Share rows by stimulus id: images that another set of the store has are copied, not computed; and with
+    ``stimuli`` all sources are merged into one set of that name, in which every id has one row."""
     stimuli: str | None = None
     """Name of the merged stimulus set (with ``by_id``)."""
     size_policy: str | None = None
@@ -96,10 +97,6 @@ class ExtractConfig:
             )
         if not self.sources:
             raise UsageError("No images were named. Add --subject-dir DIR or --images DIR.")
-        if self.by_id and not self.stimuli:
-            raise UsageError(
-                "--by-id merges the sources into one stimulus set, which needs a name: add --stimuli NAME."
-            )
 
     def with_(self, **changes: Any) -> ExtractConfig:
         """A copy with some fields changed."""
@@ -128,6 +125,8 @@ class ExtractJob:
     on_bad_image: Literal["fail", "null"]
     stage: bool | None = None
     guard: bool = True
+    donors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Key -> collections of other stimulus sets that are made in exactly the same way."""
     image_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Stimulus set -> (H, W) of its preprocessed images; an image that comes out otherwise does not fit its rows."""
 
@@ -160,6 +159,8 @@ class ExtractSummary:
     """Collections that are now complete."""
     images: int
     """Images that went through the model in this run."""
+    reused: int
+    """Images whose rows were copied from other stimulus sets."""
     shards_sealed: int
     """Shards sealed in this run, counted per collection."""
     shards_before: int

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from brainenc.extract.donors import Donation
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoded:
@@ -24,6 +26,8 @@ class Decoded:
     content_hash: str
     """Of the bytes that were decoded; empty when they could not even be read."""
     problem: str = ""
+    donation: Donation | None = None
+    """The store has this image's rows already; there are no pixels then."""
 
 
 class DecodeAhead:

@@ -20,6 +20,7 @@ from brainenc.extract.changes import KnownHashes
 from brainenc.extract.config import ExtractJob
 from brainenc.extract.decode import DecodeAhead, Decoded, batches
 from brainenc.extract.devices import environment, is_out_of_memory, release_memory
+from brainenc.extract.donors import Donation, Donors
 from brainenc.extract.features import Feature
 from brainenc.extract.images import open_image
 from brainenc.extract.outcome import ShardOutcome, ShardPass
@@ -126,7 +127,7 @@ class Extractor:
     def _fill(self, shard: ShardPass, sinks: Sinks) -> None:
         task = shard.task
         images = self._ahead.images(
-            self._decoder(task.stimuli), range(task.start, task.stop), task.uris, ahead=2 * task.micro_batch
+            self._decoder(task, list(sinks)), range(task.start, task.stop), task.uris, ahead=2 * task.micro_batch
         )
         with contextlib.closing(images):
             for batch in batches(images, task.micro_batch):
@@ -144,10 +145,11 @@ class Extractor:
     def _compute(self, shard: ShardPass, batch: Sequence[Decoded], sinks: Sinks) -> None:
         """Forward what is there of the batch, in pieces that fit, and append every row in order."""
         pixels = [image.pixels for image in batch if image.pixels is not None]
-        absent = [n for n, image in enumerate(batch) if image.pixels is None]
+        absent = [n for n, image in enumerate(batch) if image.problem]
         pieces = self._forward(shard, pixels, list(sinks))
-        if absent:  # rare: worth a copy
-            pieces = iter([_with_gaps(list(pieces), sinks, absent, len(batch))])
+        if len(pixels) < len(batch):  # rare: worth a copy
+            pieces = iter([_with_gaps(list(pieces), sinks, batch, self._job.dtype)])
+            self._rows_done += len(batch) - len(pixels)
         for outputs in pieces:
             for feature, sink in sinks.items():
                 self._append(sink, outputs.pop(feature), absent)
@@ -213,17 +215,29 @@ class Extractor:
             self._guard.saved(path=self._job.store, step=self._rows_done, epoch=0)  # what is sealed is durable already
         self._guard.beat(epoch=0, step=self._rows_done)
 
-    def _decoder(self, stimuli: str) -> Callable[[int, str], Decoded]:
-        wanted = self._job.image_shapes.get(stimuli)
-        return lambda row, uri: self._decode(row, uri, wanted)
+    def _decoder(self, task: ShardTask, features: list[Feature]) -> Callable[[int, str], Decoded]:
+        wanted = self._job.image_shapes.get(task.stimuli)
+        keys = dict(task.features)
+        donors = (
+            Donors(self._store, {f: self._job.donors.get(keys[str(f)], ()) for f in features}) if task.ids else None
+        )
 
-    def _decode(self, row: int, uri: str, wanted: tuple[int, int] | None) -> Decoded:
+        def find(row: int, digest: str) -> Donation | None:
+            return donors.find(task.ids[row - task.start], digest) if donors else None
+
+        return lambda row, uri: self._decode(row, uri, wanted, find)
+
+    def _decode(
+        self, row: int, uri: str, wanted: tuple[int, int] | None, find: Callable[[int, str], Donation | None]
+    ) -> Decoded:
         """Read, hash, decode and preprocess one image. Runs in the decoding threads."""
         digest = ""
         try:
             pixels = read_pixels(uri)
             data = read_bytes(uri) if pixels is None else pixels.tobytes()
             digest = content_hash(data)
+            if (donation := find(row, digest)) is not None:
+                return Decoded(row=row, uri=uri, pixels=None, content_hash=digest, donation=donation)
             tensor = self._backbone.preprocess(open_image(data) if pixels is None else image_from_pixels(pixels))
         except MemoryError:
             raise
@@ -256,15 +270,18 @@ class Extractor:
 
 
 def _with_gaps(
-    pieces: Sequence[Mapping[Feature, np.ndarray]], sinks: Sinks, absent: Sequence[int], n_rows: int
+    pieces: Sequence[Mapping[Feature, np.ndarray]], sinks: Sinks, batch: Sequence[Decoded], dtype: str
 ) -> dict[Feature, np.ndarray]:
-    """The rows of a batch with zeros where images are missing."""
-    present = [n for n in range(n_rows) if n not in set(absent)]
+    """The rows of a batch: computed ones, those that another set has, and zeros where images are missing."""
+    computed = [n for n, image in enumerate(batch) if image.pixels is not None]
     whole: dict[Feature, np.ndarray] = {}
     for feature, sink in sinks.items():
-        rows = np.zeros((n_rows, *sink.row_shape), np.float32)
-        if pieces:
-            rows[present] = np.concatenate([piece[feature] for piece in pieces])
+        rows = np.zeros((len(batch), *sink.row_shape), logical_dtype(dtype))
+        if computed:
+            rows[computed] = np.concatenate([piece[feature] for piece in pieces])
+        for n, image in enumerate(batch):
+            if image.donation is not None:
+                rows[n] = image.donation.read(feature)
         whole[feature] = rows
     return whole
 

@@ -23,6 +23,8 @@ class ShardOutcome:
     """Keys whose shard this call sealed."""
     rows: int = 0
     """Images that went through the model."""
+    reused: int = 0
+    """Images whose rows were copied from another stimulus set."""
     bad: Mapping[str, str] = field(default_factory=dict)
     """Images that could not be read, and why: missing rows, or what kept the shard from being sealed."""
     micro_batch: int = 0
@@ -45,6 +47,7 @@ class ShardPass:
     bad: dict[str, str] = field(default_factory=dict)
     sealed: list[str] = field(default_factory=list)
     rows: int = 0
+    reused: int = 0
     micro_batch: int = 0
     first_batch_at: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -52,7 +55,8 @@ class ShardPass:
     def take(self, batch: Sequence[Decoded]) -> None:
         """Remember the hashes and problems of images that were decoded."""
         self.hashes += [image.content_hash for image in batch]
-        self.bad |= {image.uri: image.problem for image in batch if image.pixels is None}
+        self.bad |= {image.uri: image.problem for image in batch if image.problem}
+        self.reused += sum(image.donation is not None for image in batch)
 
     def begin_batch(self) -> None:
         """A forward pass is about to begin."""
@@ -66,7 +70,8 @@ class ShardPass:
     def outcome(self, status: Status, *, error: Exception | None = None) -> ShardOutcome:
         """The record as it travels."""
         return ShardOutcome(
-            task=self.task.name, status=status, sealed=tuple(self.sealed), rows=self.rows, bad=dict(self.bad),
+            task=self.task.name, status=status, sealed=tuple(self.sealed), rows=self.rows, reused=self.reused,
+            bad=dict(self.bad),
             micro_batch=self.micro_batch, seconds=time.perf_counter() - self.started,
             first_batch_at=self.first_batch_at, error=error, notes=tuple(self.notes),
         )  # fmt: skip

@@ -58,6 +58,8 @@ class ShardTask:
     features: tuple[tuple[str, str], ...]
     """(feature, key) of each."""
     uris: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()
+    """Stimulus ids; only where rows may be taken from other sets."""
     sibling: str | None = None
     """A key in which all these rows are sealed: its receipts say what the images were."""
 

@@ -54,6 +54,8 @@ class Survey:
     """Stimulus set -> (H, W) of its preprocessed images."""
     existing: frozenset[str]
     """Keys that the store has."""
+    donors: Mapping[str, tuple[str, ...]]
+    """Key -> collections of other sets whose rows may be copied."""
     vouchers: tuple[Voucher, ...]
     """Collections of these stimulus sets, whatever they are made with."""
 
@@ -61,8 +63,9 @@ class Survey:
     def tasks(self) -> list[ShardTask]:
         """What is left, with the images of each shard."""
         return [
-            replace(task, uris=tuple(s.uri for s in self.sets[task.stimuli][task.start : task.stop]))
+            replace(task, uris=tuple(s.uri for s in stimuli), ids=tuple(s.id for s in stimuli) if self.donors else ())
             for task in outstanding(self.wanted, self.vouchers)
+            for stimuli in (self.sets[task.stimuli][task.start : task.stop],)
         ]
 
     @property
@@ -73,7 +76,7 @@ class Survey:
             store=c.store, backbone=c.backbone, slug=c.slug, size_policy=c.size_policy, image_size=c.image_size,
             device=self.device, threads=self.threads, decode_threads=self.decode_threads, compute=c.compute,
             dtype=c.dtype, on_bad_image=c.on_bad_image, stage=c.stage, guard=c.guard,
-            image_shapes=dict(self.image_shapes),
+            donors=dict(self.donors), image_shapes=dict(self.image_shapes),
         )  # fmt: skip
 
 
@@ -116,6 +119,7 @@ def survey(config: ExtractConfig) -> Survey:
         decode_threads=config.decode_threads or _decode_threads(device, actors), sets=sets, wanted=tuple(wanted),
         identities=identities, details=details, image_shapes=shapes, existing=existing,
         vouchers=tuple(_voucher(neighbour) for neighbour in neighbours),
+        donors=_donors(store, existing, wanted, identities, config.dtype) if config.by_id else {},
     )  # fmt: skip
 
 
@@ -251,6 +255,28 @@ def _compare_stimuli(store: FeatureStore, found: StimulusSet, existing: frozense
         collections = [store.collection(k) for k in sorted(existing) if k.split("/")[0] == found.name]
         known = KnownHashes(collections)
         refuse_changed(changed_rows(rows, stored, found, known, _hash_now), stored, found)
+
+
+def _donors(
+    store: FeatureStore | None, existing: frozenset[str], wanted: Sequence[Wanted],
+    identities: Mapping[str, Mapping[str, Any]], dtype: str,
+) -> dict[str, tuple[str, ...]]:  # fmt: skip
+    """For each collection those of other sets that are made alike: in the store, or in this very run."""
+    found: dict[str, tuple[str, ...]] = {}
+    for w in wanted:
+        name = w.key.partition("/")[2]
+        beside = [
+            o.key for o in wanted if o.key != w.key and o.key.partition("/")[2] == name and o.row_shape == w.row_shape
+        ]
+        others = [k for k in sorted(existing) if k.partition("/")[2] == name and k != w.key and k not in beside]
+        alike = [k for k in others if store and _is_alike(store.collection(k), identities[w.key], w.row_shape, dtype)]
+        if beside or alike:
+            found[w.key] = (*alike, *beside)
+    return found
+
+
+def _is_alike(collection: Collection, identity: Mapping[str, Any], row_shape: tuple[int, ...], dtype: str) -> bool:
+    return collection.identity == identity and (collection.row_shape, collection.dtype) == (row_shape, dtype)
 
 
 def _voucher(collection: Collection) -> Voucher:

@@ -134,6 +134,7 @@ class Run:
             store=self.config.store,
             keys=tuple(w.key for w in self.wanted),
             images=rows,
+            reused=sum(o.reused for o in self.outcomes),
             shards_sealed=self.shards_sealed,
             shards_before=sum(len(w.sealed) for w in self.wanted),
             missing={uri: why for o in self.outcomes for uri, why in o.bad.items()},

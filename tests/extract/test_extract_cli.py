@@ -28,7 +28,6 @@ def test_help_has_an_example(capsys, command):
         (["--store", "s", "--feature", "1.q", "--images", "x"], "--backbone"),
         (["--store", "s", "--backbone", "x", "--images", "x"], "--feature"),
         (["--store", "s", "--backbone", "x", "--feature", "1.q"], "--images"),
-        (["--store", "s", "--backbone", "x", "--feature", "1.q", "--images", "x", "--by-id"], "--stimuli"),
         (["--store", "s", "--backbone", "x", "--feature", "1.q", "--images", "x", "--batch-size", "many"], "auto"),
         (["--store", "s", "--backbone", "x", "--preset", "clip", "--images", "x"], "--preset"),
         (["--store", "s", "--backbone", "x", "--feature", "1.q", "--images", "x", "--actors", "0"], "at least 1"),

@@ -314,6 +314,36 @@ def test_a_value_that_float16_cannot_hold_is_an_error_with_the_image_and_the_way
     assert not list((tmp_path / "s").rglob("shard-*"))
 
 
+def test_rows_of_images_that_another_set_has_are_copied_by_id_and_content(tmp_path, miniature, pictures):
+    run(configured(tmp_path / "s", pictures, miniature))
+    mine = save_images(tmp_path / "mine", 12)
+    draw_image(70).save(sorted(mine.iterdir())[5])  # the same id, another image
+    draw_image(80).save(mine / "train-0099_nsd-77777.png")
+    found = survey(configured(tmp_path / "s", mine, miniature, by_id=True))
+    collections = create(found)
+    backbone = Counting(load_backbone(miniature))
+    extractor = Extractor(found.job, backbone=backbone)
+
+    outcomes = [extractor.extract(task) for task in found.tasks]
+    extractor.close()
+    for collection in collections.values():
+        collection.commit()
+
+    assert (sum(o.rows for o in outcomes), sum(o.reused for o in outcomes)) == (2, 11)
+    assert sum(backbone.passes) == backbone.decoded == 2
+    assert extractor.rows_done == 13
+    stored = open_store(tmp_path / "s")["mine/mini/3.token"][:8]
+    np.testing.assert_allclose(stored, reference(miniature, mine, "3.token")[:8], rtol=2e-3, atol=2e-3)
+
+
+def test_rows_are_computed_again_without_being_asked_to_share(tmp_path, miniature, pictures):
+    run(configured(tmp_path / "s", pictures, miniature, features=("3.q",)))
+
+    outcomes, _ = run(configured(tmp_path / "s", save_images(tmp_path / "mine", 4), miniature, features=("3.q",)))
+
+    assert sum(o.rows for o in outcomes) == 4
+
+
 def test_someone_elses_shard_is_left_alone(tmp_path, miniature, pictures):
     found = survey(configured(tmp_path / "s", pictures, miniature))
     create(found)
