@@ -24,9 +24,11 @@ def command(run: str, as_json: bool) -> None:
     from brainenc.report.figures import accuracy_per_roi
     from brainenc.report.page import write_report
     from brainenc.report.run_files import RunFiles
+    from brainenc.train.elsewhere import run_to_look_at
 
-    page = write_report(run)
-    files = RunFiles(run)
-    picture = accuracy_per_roi(run) if files.scores() is not None else None
-    written = [str(path) for path in (page, picture) if path is not None]
+    with run_to_look_at(run) as folder:
+        page = write_report(folder)
+        picture = accuracy_per_roi(folder) if RunFiles(folder).scores() is not None else None
+        names = [path.name for path in (page, picture) if path is not None]
+    written = [f"{run.rstrip('/')}/{name}" for name in names]  # where the run is, not where it was worked on
     click.echo(json.dumps(written) if as_json else "\n".join(written))

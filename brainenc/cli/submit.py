@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -23,7 +24,7 @@ Example:
 
 
 @click.command("submit", epilog=EXAMPLE)
-@click.argument("runs", metavar="RUN...", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("runs", metavar="RUN...", nargs=-1)
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -36,14 +37,25 @@ Example:
 )
 @click.option("--all-subjects", is_flag=True, help="Fail unless all eight subjects are there, as the server wants.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
-def command(runs: Sequence[Path], out: Path, only_check: Path | None, all_subjects: bool, as_json: bool) -> int:
+def command(runs: Sequence[str], out: Path, only_check: Path | None, all_subjects: bool, as_json: bool) -> int:
     """Write the Algonauts 2023 submission from one run a subject, and check it before the server does.
 
     Shapes are held against each run's own subject folder; with --check alone, against the challenge's subjects (or
     those of the runs that are given beside it).
     """
+    from brainenc.train.elsewhere import run_to_look_at
+
     if not runs and only_check is None:
         raise click.UsageError("Give one run a subject, or --check ZIP.")
+    with ExitStack() as stack:
+        folders = [stack.enter_context(run_to_look_at(run)) for run in runs]
+        check, path = _submit(folders, out, only_check)
+    _tell(check, path, as_json)
+    return 1 if check.problems or (all_subjects and check.missing) else 0
+
+
+def _submit(runs: Sequence[Path], out: Path, only_check: Path | None) -> tuple[SubmissionCheck, Path]:
+    """Write the zip, or only check one; what was found, and the zip's path."""
     subjects = {_subject_of(run).name: run for run in runs}
     if len(subjects) < len(runs):
         raise UsageError(
@@ -51,11 +63,8 @@ def command(runs: Sequence[Path], out: Path, only_check: Path | None, all_subjec
         )
     shapes = dict(CHALLENGE_SHAPES) | {name: _shapes(_subject_of(run)) for name, run in subjects.items()}
     if only_check is not None:
-        check, path = check_submission(only_check, shapes), only_check
-    else:
-        check, path = write_submission(out, {name: run / "predictions" for name, run in subjects.items()}, shapes), out
-    _tell(check, path, as_json)
-    return 1 if check.problems or (all_subjects and check.missing) else 0
+        return check_submission(only_check, shapes), only_check
+    return write_submission(out, {name: run / "predictions" for name, run in subjects.items()}, shapes), out
 
 
 def _subject_of(run: Path) -> Subject:

@@ -195,3 +195,19 @@ def test_a_ridge_has_no_steps_and_an_ensemble_no_metrics_at_all(run):
     text = " ".join(read(page.write_report(run[0])).text)
     for number in ("0.250", "0.750", "0.100", "0.300"):
         assert number in text
+
+
+def test_a_run_on_an_object_store_gets_its_report_there(run, tmp_path, monkeypatch, capsys):
+    import fsspec
+
+    monkeypatch.setenv("BRAINENC_CACHE", str(tmp_path / "cache"))
+    remote = fsspec.filesystem("memory")
+    remote.put(str(run[0]), "/reports/first", recursive=True)
+    try:
+        assert brainenc(["report", "memory://reports/first", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told == ["memory://reports/first/report.html", "memory://reports/first/accuracy_per_roi.png"]
+        assert b"Validation correlation" in remote.cat("/reports/first/report.html")
+        assert not (run[0] / "report.html").exists()
+    finally:
+        remote.rm("/reports", recursive=True)
