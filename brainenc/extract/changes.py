@@ -52,7 +52,8 @@ def changed_rows(
     def changed(row: int) -> bool:
         before = known_hash(row)
         if before is None:
-            return bool(stored[row].size != found[row].size)
+            known = stored[row].size  # of a set that came with imported features only the ids are known
+            return known is not None and known != found[row].size
         return bool(before != hash_now(found[row].uri))
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as pool:
