@@ -188,9 +188,22 @@ def _ray(config: ExtractConfig, found: Survey) -> Iterator[None]:
         try:
             yield
         finally:
+            _let_ray_data_end()
             ray.shutdown()
             with contextlib.suppress(ValueError):  # Ray put a handler of its own there; ours to undo in the main thread
                 signal.signal(signal.SIGTERM, on_term)
+
+
+def _let_ray_data_end(seconds: float = 60.0) -> None:
+    """Wait for Ray Data's threads in this process.
+
+    It waits two seconds for them itself, too short on a busy machine; one that calls Ray after its shutdown ends the
+    process on the spot, with whatever it was about to say.
+    """
+    deadline = time.monotonic() + seconds
+    for thread in threading.enumerate():
+        if thread.name.startswith(("StreamingExecutor-", "ray-data-")):
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 @contextlib.contextmanager
