@@ -64,7 +64,8 @@ def photographs(tmp_path_factory):
     root = tmp_path_factory.mktemp("photographs")
     sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96,
              "image_size": 112, "patch_size": 14}  # fmt: skip
-    backbone = load_backbone(str(save_miniature("dinov2", root / "mini", seed=0, **sizes)), size_policy="resize")
+    fitting = {"size_policy": "resize", "image_size": 112}
+    backbone = load_backbone(str(save_miniature("dinov2", root / "mini", seed=0, **sizes)), **fitting)
     maps = feature_maps(backbone, "-1.q")
     truth = synthesize(root / "subj01", features=maps, n_train=2000, n_test=8, vertices=(150, 160), seed=0)
     subject, store = Subject.open(root / "subj01"), open_store(root / "store", create=True)
