@@ -17,6 +17,7 @@ from brainenc.guard.emergency import EmergencyFiles
 from brainenc.guard.testing import MemoryLimit, can_limit_memory, drop_cache
 
 SCRIPT = Path(__file__).with_name("plain_script.py")
+RUN = Path(__file__).with_name("leaking_run.py")
 READER = Path(__file__).with_name("reading_maps.py")
 ROOT = Path(__file__).parents[2]
 MB = 1 << 20
@@ -79,6 +80,36 @@ def test_twenty_leaks_are_stopped_before_the_limit(tmp_path, rate, thread):
 @pytest.mark.soak
 def test_twenty_times_as_fast_as_the_machine_fills(tmp_path):
     assert races(tmp_path, 20, 0, thread=False) >= 18
+
+
+def leak_under_ray(folder, rate):
+    """A leak in rank 1 of 2. Returns whether a whole checkpoint was durable and nobody was killed."""
+    from brainenc import records
+    from brainenc.train import checkpoint
+
+    folder.mkdir()
+    with MemoryLimit(4096 * MB) as limit:
+        done = command_inside(limit, [RUN, folder, rate], folder)
+        kills = limit.oom_kills()
+    whole = checkpoint.newest([folder / "run/checkpoints"])
+    assert whole.manifest is not None, done.stderr[-1500:]  # lost or won, something whole is there to resume from
+    incidents = [line for line in records.read(folder / "run/guard.jsonl") if line["kind"] == "incident"]
+    saved = [line for line in incidents if line["outcome"] == "saved"]
+    return bool(saved) and kills == 0 and json.loads(done.stdout.splitlines()[-1])["exit_code"] == 75
+
+
+@pytest.mark.chaos
+@pytest.mark.ray
+@pytest.mark.parametrize("rate", [200, 1300])
+def test_a_leak_in_one_of_two_workers_stops_both_before_the_limit(tmp_path, rate):
+    assert sum(leak_under_ray(tmp_path / str(i), rate) for i in range(2)) == 2
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+@pytest.mark.parametrize("rate", [200, 1300])
+def test_twenty_leaks_in_one_of_two_workers(tmp_path, rate):
+    assert sum(leak_under_ray(tmp_path / str(i), rate) for i in range(20)) == 20
 
 
 def read_maps(tmp_path, seconds):

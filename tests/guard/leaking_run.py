@@ -1,0 +1,66 @@
+"""A run of two workers under Ray, one of which leaks: started by the tests inside a real memory limit.
+
+python leaking_run.py FOLDER MB_PER_S
+"""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+MB = 1 << 20
+
+
+def leak_when_told(trigger: str, mb_per_s: float) -> None:
+    """In every process of Ray: a thread that leaks once the trigger is there, if this is rank 1 of a training."""
+    kept = []
+
+    def leak() -> None:
+        while not Path(trigger).exists():
+            time.sleep(0.02)
+        dist = sys.modules.get("torch.distributed")
+        if dist is None or not dist.is_initialized() or dist.get_rank() != 1:
+            return
+        start, done, piece = time.perf_counter(), 0, 8 * MB
+        while True:
+            kept.append(b"\1" * piece)
+            done += piece
+            time.sleep(max(0.0, start + done / (mb_per_s * MB) - time.perf_counter()))
+
+    threading.Thread(target=leak, daemon=True).start()
+
+
+def tell_at_step(metrics: Path, step: int, trigger: Path) -> None:
+    """Set the leak off once the run has got so far."""
+    while not (metrics.exists() and any(f'"step":{s},' in metrics.read_text() for s in range(step, step + 50))):
+        time.sleep(0.05)
+    trigger.touch()
+
+
+def main() -> None:
+    folder, rate = Path(sys.argv[1]), float(sys.argv[2])
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    import ray
+
+    from brainenc.train.launch import train
+    from tests.train.conftest import _make
+
+    small = _make(folder / "data", n_train=45, n_test=5)
+    trigger = str(folder / "trigger")
+    environment = {"worker_process_setup_hook": lambda: leak_when_told(trigger, rate)}
+    ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False,
+        logging_level="ERROR", runtime_env=environment,
+    )  # fmt: skip
+    config = small.config(folder / "run", workers="2", epochs=4000, guard={"on_critical": "stop"})
+    teller = threading.Thread(target=tell_at_step, args=(folder / "run/metrics.jsonl", 10, Path(trigger)), daemon=True)
+    teller.start()
+    result = train(config)
+    outcome = {"exit_code": result.exit_code, "status": result.status, "step": result.step}
+    print(json.dumps({**outcome, "at": str(result.checkpoint)}))
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
