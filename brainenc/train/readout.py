@@ -153,7 +153,7 @@ class GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, sums: Tensor, weight: Tensor, bias: Tensor, groups: Groups) -> Tensor:
         out = weight.new_empty(weight.shape[0], sums.shape[1])
         for total, count, (a, b) in zip(sums, groups.counts, groups.bounds, strict=True):
-            torch.add(times_transposed(weight[a:b], total), bias[a:b, None], alpha=count, out=out[a:b])
+            out[a:b] = times_transposed(weight[a:b], total).add_(bias[a:b, None], alpha=count)
         for a, b in groups.gaps():
             out[a:b] = 0
         ctx.save_for_backward(sums, weight)
