@@ -43,7 +43,7 @@ def run() -> list[Figure]:
         view = build(root / "store", batch)
         figures += warm(view)
         figures += cold(view, root / "store")
-        figures += peers(view, root, figures[1])
+        figures += peers(view, root)
         shutil.rmtree(root / "store")
         return figures + opening(root) + epochs(root)
 
@@ -94,8 +94,7 @@ def warm(view: FeatureView) -> list[Figure]:
     """Batches of random rows from the page cache, against torch copying as many bytes."""
     import torch
 
-    out, rng = np.zeros((BATCH, *ROW), np.float16), np.random.default_rng(0)
-    target = torch.zeros(BATCH, *ROW, dtype=torch.float16)
+    gather, target = _gatherer(view), torch.zeros(BATCH, *ROW, dtype=torch.float16)
     source = torch.ones(8 * BATCH, *ROW, dtype=torch.float16)  # more than any cache of the processor holds
 
     def copy() -> float:
@@ -104,6 +103,16 @@ def warm(view: FeatureView) -> list[Figure]:
             target.copy_(source[(k % 8) * BATCH : (k % 8 + 1) * BATCH])
         return 24 * target.nbytes / (time.perf_counter() - started) / 1e9
 
+    best_copy, best_gather = _in_turn([copy, gather], 12)
+    return [Figure(name="Gather of 32 random rows, warm", value=best_gather / best_copy, target=0.5,
+                   reference=f"torch copy of as many bytes: {best_copy:.1f} GB/s",
+                   note=f"{best_gather:.1f} GB/s")]  # fmt: skip
+
+
+def _gatherer(view: FeatureView) -> Callable[[], float]:
+    out, rng = np.zeros((BATCH, *ROW), np.float16), np.random.default_rng(0)
+    view.gather(np.arange(N))  # all in the page cache
+
     def gather() -> float:
         batches = [rng.integers(0, N, BATCH) for _ in range(24)]
         started = time.perf_counter()
@@ -111,11 +120,7 @@ def warm(view: FeatureView) -> list[Figure]:
             view.gather(rows, out=out)
         return 24 * out.nbytes / (time.perf_counter() - started) / 1e9
 
-    view.gather(np.arange(N))  # all in the page cache
-    best_copy, best_gather = _in_turn([copy, gather], 12)
-    return [Figure(name="Gather of 32 random rows, warm", value=best_gather / best_copy, target=0.5,
-                   reference=f"torch copy of as many bytes: {best_copy:.1f} GB/s",
-                   note=f"{best_gather:.1f} GB/s")]  # fmt: skip
+    return gather
 
 
 def cold(view: FeatureView, folder: Path, rounds: int = 5) -> list[Figure]:
@@ -165,11 +170,13 @@ def cold(view: FeatureView, folder: Path, rounds: int = 5) -> list[Figure]:
 AHEAD = 4
 
 
-def peers(view: FeatureView, root: Path, gathered: Figure) -> list[Figure]:
-    """The best of the others on the same rows."""
+def peers(view: FeatureView, root: Path) -> list[Figure]:
+    """The best of the others on the same rows; ours before and after them, because the machine is shared."""
     python = _peer_python()
     if python is None:
         return []
+    gather = _gatherer(view)
+    before = max(gather() for _ in range(6))
     rows = root / "rows.npy"
     np.save(rows, view[:])
     (root / "peers").mkdir()
@@ -180,11 +187,12 @@ def peers(view: FeatureView, root: Path, gathered: Figure) -> list[Figure]:
     rows.unlink()
     speeds = {name: value for name, value in found.items() if isinstance(value, float)}
     best = max(speeds, key=lambda name: speeds[name])
-    ours = float(gathered.note.split()[0])
+    ours = max(before, *(gather() for _ in range(6)))
     failed = "".join(f"; {name} failed ({why})" for name, why in found.items() if isinstance(why, str))
     listing = ", ".join(f"{name} {speed:.2f}" for name, speed in sorted(speeds.items(), key=lambda item: -item[1]))
     return [Figure(name="Gather against the best peer", value=ours / speeds[best], target=5.0,
-                   reference=f"{best}: {speeds[best]:.2f} GB/s", note=f"GB/s: {listing}{failed}")]  # fmt: skip
+                   reference=f"{best}: {speeds[best]:.2f} GB/s",
+                   note=f"GB/s: ours {ours:.1f}, {listing}{failed}")]  # fmt: skip
 
 
 def opening(root: Path) -> list[Figure]:
