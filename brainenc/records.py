@@ -1,7 +1,7 @@
 """The JSON-lines files that a run leaves behind: one object a line, appended, never rewritten.
 
-A process may die in the middle of a line, and a resumed run repeats steps: :func:`read` drops a torn last line
-and, of lines that say the same thing twice, keeps the one of the newest run.
+A process may die in the middle of a line, and a resumed run repeats steps: :func:`read` drops torn lines, and
+:func:`standing` those that a later run did again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,29 @@ def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(record, dict):
                 yield record
+
+
+def standing(lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The metrics of a run as if it had never been interrupted.
+
+    A later run (its counter ``run``) went on from some step: what older ones wrote from there on is superseded.
+
+    Args:
+        lines: records with ``step``, ``split`` and ``run``, as :func:`read` gives them; others are left out.
+    """
+    lines = [line for line in lines if "split" in line]
+    began: dict[int, tuple[int, bool]] = {}
+    for line in lines:
+        run = int(line.get("run", 0))
+        began[run] = min(began.get(run, _place(line)), _place(line))
+    for line in lines:
+        if all(_place(line) < place for run, place in began.items() if run > int(line.get("run", 0))):
+            yield line
+
+
+def _place(line: dict[str, Any]) -> tuple[int, bool]:
+    """Order of a record in a run: by step, and a validation after the training step that it follows."""
+    return int(line.get("step", 0)), line["split"] != "train"
 
 
 def _ends_torn(path: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 
-from brainenc.records import JsonLines, read
+from brainenc.records import JsonLines, read, standing
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -37,3 +37,22 @@ def test_every_line_is_strict_json(tmp_path):
 
     for line in (tmp_path / "m.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+def test_what_a_later_run_did_again_is_superseded():
+    def line(run, step, split="train"):
+        return {"run": run, "step": step, "split": split}
+
+    first = [line(0, 1), line(0, 2), line(0, 2, "val"), line(0, 3)]
+    second = [line(1, 3), line(1, 4), line(1, 4, "val")]
+
+    kept = list(standing([*first, {"note": "no metric"}, *second]))
+
+    assert kept == [*first[:3], *second]
+
+
+def test_a_validation_done_again_supersedes_only_itself_and_what_follows():
+    first = [{"run": 0, "step": 2, "split": "train"}, {"run": 0, "step": 2, "split": "val"}]
+    again = [{"run": 1, "step": 2, "split": "val"}]
+
+    assert list(standing([*first, *again])) == [first[0], *again]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ class RunFiles:
         """Records of steps and epochs as if the run had never been interrupted."""
         path = self.path / "metrics.jsonl"
         lines = [line for line in records.read(path) if "split" in line] if path.is_file() else []
-        return list(_standing(lines))
+        return list(records.standing(lines))
 
     @cached_property
     def guard(self) -> list[dict[str, Any]]:
@@ -117,19 +116,3 @@ def best_correlations(subject: Subject) -> dict[Hemisphere, Floats] | None:
     found = {h: subject.noise_ceiling(h) for h in HEMISPHERES}
     ceilings = {h: nc for h, nc in found.items() if nc is not None}
     return {h: np.sqrt(nc) for h, nc in ceilings.items()} if len(ceilings) == len(HEMISPHERES) else None
-
-
-def _standing(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Leave out what a later run counter did again: it went on from some step, and older lines from there are void."""
-    began: dict[int, tuple[int, bool]] = {}
-    for line in lines:
-        run = int(line.get("run", 0))
-        began[run] = min(began.get(run, _place(line)), _place(line))
-    for line in lines:
-        if all(_place(line) < place for run, place in began.items() if run > int(line.get("run", 0))):
-            yield line
-
-
-def _place(line: dict[str, Any]) -> tuple[int, bool]:
-    """Order in a run: by step, and a validation after the training step that it follows."""
-    return int(line.get("step", 0)), line["split"] != "train"

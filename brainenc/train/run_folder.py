@@ -114,16 +114,8 @@ class RunFolder:
 
         A newer run went on from some step: what an older one wrote from there on is superseded.
         """
-        if not self.metrics_file.exists():
-            return
-        lines = [line for line in records.read(self.metrics_file) if "split" in line]
-        began: dict[int, tuple[int, bool]] = {}
-        for line in lines:
-            run = int(line.get("run", 0))
-            began[run] = min(began.get(run, _place(line)), _place(line))
-        for line in lines:
-            if all(_place(line) < place for run, place in began.items() if run > int(line.get("run", 0))):
-                yield line
+        if self.metrics_file.exists():
+            yield from records.standing(records.read(self.metrics_file))
 
 
 def _lock(descriptor: int) -> None:
@@ -145,8 +137,3 @@ def save_array(path: Path, array: npt.NDArray[Any]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     atomic.replace(path, buffer.getvalue())
-
-
-def _place(line: dict[str, Any]) -> tuple[int, bool]:
-    """Order of a record in a run: by step, and validation after the training step that it follows."""
-    return int(line.get("step", 0)), line["split"] != "train"
