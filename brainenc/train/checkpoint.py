@@ -80,6 +80,8 @@ class Contents:
     """``optimizer.state_dict()``."""
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    """What the learning rate and the place in the epoch follow from, beside the position."""
     random: Mapping[str, Any] = field(default_factory=dict)
     """Seed, and how random numbers derive from it: no generator has a state that matters between two steps."""
 
@@ -88,7 +90,7 @@ class Contents:
         plain = json.loads(json.dumps({"config": self.config, "provenance": self.provenance}, default=str))
         return {
             "version": VERSION, "position": asdict(self.position), "optimizer": dict(self.optimizer),
-            "random": dict(self.random), **plain,
+            "scheduler": dict(self.scheduler), "random": dict(self.random), **plain,
         }  # fmt: skip
 
 

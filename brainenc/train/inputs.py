@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,20 @@ def split_samples(samples: Samples, indices: Rows) -> tuple[Rows, Rows]:
             f"{len(val)} for validation. Both need at least one."
         )
     return train, val
+
+
+def provenance(config: TrainConfig, subject: Subject, samples: Samples, n_train: int) -> dict[str, Any]:
+    """What a run is trained on, as plain JSON: kept in every checkpoint, and compared when the run goes on."""
+    features = {
+        name: {"identity": dict(getattr(view, "identity", {})), "dtype": str(view.dtype), "row": list(view.shape[1:])}
+        for name, view in zip(config.features, samples.views, strict=True)
+    }
+    found = {
+        "subject": subject.name, "vertices": list(subject.n_vertices), "samples": len(samples),
+        "training_samples": n_train, "features": features,
+    }  # fmt: skip
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
 
 
 def read_split(config: TrainConfig, n: int) -> Rows:

@@ -60,6 +60,7 @@ class FitSettings:
     checkpoint_every_s: float = 300.0
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
     random: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -425,7 +426,7 @@ class Fit:
         return Contents(
             position=position, weights=self._stepper.model.state_dict,
             optimizer=self._stepper.optimizer.state_dict(), config=self._settings.config,
-            provenance=self._settings.provenance, random=self._settings.random,
+            provenance=self._settings.provenance, scheduler=self._settings.scheduler, random=self._settings.random,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ validation

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
 
 from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import HEMISPHERES
+from brainenc.errors import CheckpointUnusable, ProvenanceMismatch
+from brainenc.train import checkpoint
 from brainenc.train.config import TrainConfig
 from brainenc.train.guarding import thresholds
-from brainenc.train.inputs import OpenViews, open_samples, read_split, split_samples, usable
+from brainenc.train.inputs import OpenViews, open_samples, provenance, read_split, split_samples, usable
 from brainenc.train.run_folder import RunFolder, save_array
 
 
@@ -25,7 +29,8 @@ def check(config: TrainConfig, open_views: OpenViews, *, note: Callable[[str], N
     subject = Subject.open(config.subject_dir)
     queries = subject.rois.queries(config.encoder.readout)
     samples = open_samples(config, subject, open_views)
-    split_samples(samples, read_split(config, len(samples)))
+    train, _ = split_samples(samples, read_split(config, len(samples)))
+    _same_data(config, provenance(config, subject, samples, len(train)))
     for hemisphere in HEMISPHERES:
         subject.require_finite(hemisphere)
     if missing := int((~usable(samples)).sum()):
@@ -38,6 +43,23 @@ def check(config: TrainConfig, open_views: OpenViews, *, note: Callable[[str], N
     ]
     if empty:
         note(f"ROIs without a vertex in this subject, kept and scored as missing: {', '.join(empty)}.")
+
+
+def _same_data(config: TrainConfig, now: Mapping[str, Any]) -> None:
+    """A run that goes on must find what it was trained on: another number of samples would be another order."""
+    for found in checkpoint.list_checkpoints(RunFolder(config.out).checkpoints):
+        with suppress(CheckpointUnusable):
+            manifest = checkpoint.read_manifest(found.folder)
+            if manifest.config.get("id", "") != config.id:
+                continue
+            then = manifest.provenance
+            if differences := {k: (then.get(k), now[k]) for k in now if then.get(k) != now[k]}:
+                raise ProvenanceMismatch(
+                    f"The data of {config.out}",
+                    differences,
+                    "A run goes on with the data that it began with: bring it back, or start a new run with another --out.",
+                )
+            return
 
 
 def save_split(config: TrainConfig, folder: RunFolder) -> None:

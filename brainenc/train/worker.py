@@ -24,7 +24,7 @@ from brainenc.train import checkpoint, saver
 from brainenc.train.checkpoint import Position
 from brainenc.train.config import TrainConfig
 from brainenc.train.data import Loader, Samples, buffer_bytes
-from brainenc.train.inputs import OpenViews, keys, open_samples, read_split, split_samples
+from brainenc.train.inputs import OpenViews, open_samples, provenance, read_split, split_samples
 from brainenc.train.loop import Drill, Fit, FitSettings, Floats, Hooks, NoDrill, Outcome
 from brainenc.train.model import BrainEncoder, build_encoder
 from brainenc.train.order import Order
@@ -100,7 +100,7 @@ def work(config: TrainConfig, around: Surroundings) -> Outcome:
         tracker = _tracker(config, folder, team)
         fit = Fit(
             stepper=stepper, team=team, train=loader, val=val_loader, saver=writer,
-            settings=_settings(config, subject, samples), position=start, steps_per_epoch=order.steps_per_epoch,
+            settings=_settings(config, subject, samples, order), position=start, steps_per_epoch=order.steps_per_epoch,
             val_steps=val_order.steps_per_epoch, vertices=subject.n_vertices,
             hooks=Hooks(
                 guard=around.guard, drill=around.drill, note=notes,
@@ -196,20 +196,16 @@ def _make_saver(config: TrainConfig, folder: RunFolder, around: Surroundings) ->
     return made
 
 
-def _settings(config: TrainConfig, subject: Subject, samples: Samples) -> FitSettings:
-    provenance = {
-        "subject": subject.name,
-        "vertices": list(subject.n_vertices),
-        "samples": len(samples),
-        "features": {
-            key: {"identity": dict(getattr(view, "identity", {})), "dtype": str(view.dtype), "shape": list(view.shape)}
-            for key, view in zip(keys(config, "train"), samples.views, strict=True)
-        },
-    }
+def _settings(config: TrainConfig, subject: Subject, samples: Samples, order: Order) -> FitSettings:
     return FitSettings(
         epochs=config.epochs, learning_rate=config.learning_rate, lr_drop=config.lr_drop, lr_gamma=config.lr_gamma,
         log_every=config.log_every, snapshot_every_s=config.snapshot_every_s,
-        checkpoint_every_s=config.checkpoint_every_s, config=config.to_dict(), provenance=provenance,
+        checkpoint_every_s=config.checkpoint_every_s, config=config.to_dict(),
+        provenance=provenance(config, subject, samples, order.n_samples),
+        scheduler={
+            "learning_rate": config.learning_rate, "lr_drop": config.lr_drop, "lr_gamma": config.lr_gamma,
+            "steps_per_epoch": order.steps_per_epoch,
+        },
         random={"seed": config.seed, "derived_from": "blake2b(seed, step, rank, micro-batch)"},
     )  # fmt: skip
 

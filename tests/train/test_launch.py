@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from brainenc.cli.main import run as brainenc
-from brainenc.errors import UsageError
+from brainenc.errors import ProvenanceMismatch, UsageError
 from brainenc.train.config import TrainConfig, Workers
 from brainenc.train.launch import ray_address, resume, train
 from brainenc.train.run_folder import RunFolder
@@ -98,6 +98,21 @@ def test_what_another_run_left_in_the_same_place_is_not_taken(small, tmp_path):
 
     assert (result.status, result.step) == ("done", 5)
     assert any("belongs to another run" in note for note in notes)
+
+
+def test_a_run_goes_on_with_the_data_it_began_with(small, tmp_path):
+    """The store was made again from another layer under the same name."""
+    from brainenc.featurestore.store import open_store
+
+    out, other = tmp_path / "run", tmp_path / "store"
+    train(small.config(out, predict=False))
+    with open_store(other, create=True).writer(
+        "subj01-train/tiny/1.q", ids=[f"nsd-{i:05d}" for i in range(45)], row_shape=(17, 16), identity={"layer": "7"}
+    ) as writer:
+        writer.append(np.zeros((45, 17, 16), np.float16))
+
+    with pytest.raises(ProvenanceMismatch, match=r"features: stored .*, wanted .*'layer': '7'"):
+        resume(out, {"store": str(other), "epochs": 3})
 
 
 def test_what_is_no_run_folder_is_said(tmp_path, capsys):
