@@ -57,7 +57,7 @@ def _same_data(config: TrainConfig, now: Mapping[str, Any]) -> None:
                 raise ProvenanceMismatch(
                     f"The data of {config.out}",
                     differences,
-                    "A run goes on with the data that it began with: bring it back, or start a new run with another --out.",
+                    "A run goes on with the data that it began with: bring it back, or choose another --out.",
                 )
             return
 
