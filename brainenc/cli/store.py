@@ -68,7 +68,9 @@ def info(store: str, key: str, as_json: bool) -> None:
     Example: brainenc store info demo/store subj01-train/dinov2-mini/3.q
     """
     opened = open_store(store)
-    summary = {**collection_summary(opened, key), "environments": environments(opened.collection(key))}
+    with Progress("info", json_lines=as_json) as progress:
+        made_in = environments(opened.collection(key), progress.update)
+    summary = {**collection_summary(opened, key), "environments": made_in}
     if as_json:
         click.echo(json.dumps(summary))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from brainenc.errors import CorruptData
@@ -33,10 +34,18 @@ def collection_summary(store: FeatureStore, key: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def environments(collection: Collection) -> list[Json]:
-    """The different environments that the collection's shards were made in, each with how many shards."""
+def environments(collection: Collection, progress: Callable[[int, int], None] | None = None) -> list[Json]:
+    """The different environments that the collection's shards were made in, each with how many shards.
+
+    Args:
+        collection: whose receipts are read, all of them.
+        progress: told how many were read, and how many there are.
+    """
     counts: dict[bytes, tuple[Json, int]] = {}
-    for shard in sorted(collection.found()[0]):
+    sealed = sorted(collection.found()[0])
+    for done, shard in enumerate(sealed, 1):
+        if progress is not None:
+            progress(done, len(sealed))
         try:
             environment = collection.receipt(shard).environment
         except (CorruptData, FileNotFoundError):
