@@ -123,7 +123,13 @@ class GcsService:
     def _send_part(self, location: str, part: bytes, start: int, size: int, limit: float) -> int:
         """Send one part; returns how many bytes of the file the server has now."""
         span = f"bytes {start}-{start + len(part) - 1}/{size}"
-        headers, answer = self._call(limit, "PUT", location, headers={"Content-Range": span}, data=_Body(part))
+        try:
+            headers, answer = self._call(limit, "PUT", location, headers={"Content-Range": span}, data=_Body(part))
+        except (FileNotFoundError, gcsfs.retry.HttpError) as error:
+            if isinstance(error, gcsfs.retry.HttpError) and str(error.code) != "410":
+                raise
+            # Finished, its answer lost and forgotten since, or lost altogether: a new upload will tell.
+            raise ShortRead(f"the upload of {size} bytes is no longer known to the service") from None
         if answer and b"storage#object" in answer:
             return size
         kept = re.fullmatch(r"bytes=0-(\d+)", headers.get("Range", ""))
