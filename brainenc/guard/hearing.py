@@ -37,7 +37,7 @@ class Hearing:
         act: Callable[[], bool], stop: Callable[[int], None],
     ) -> None:  # fmt: skip
         self._heard, self._act, self._stop = heard, act, stop
-        self._owner = threading.get_ident()
+        self._owner, self._pid = threading.get_ident(), os.getpid()
         self._undo: list[Callable[[], None]] = []
         self._inside = self._again = False
         main = threading.current_thread() is threading.main_thread()
@@ -71,6 +71,8 @@ class Hearing:
 
     def close(self) -> None:
         """End the watcher, then give the signals back: in this order no wake-up finds another's handler."""
+        if os.getpid() != self._pid:
+            return  # a forked child: nothing of this is its own
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
             watcher.close()
@@ -95,6 +97,8 @@ class Hearing:
             self._inside = False
 
     def _on_wake(self, _number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return
         if self._inside:  # listen() is at it: it reads again
             self._again = True
             return
@@ -102,7 +106,12 @@ class Hearing:
         self._act()
 
     def _on_stop(self, number: int, _frame: FrameType | None) -> None:
-        self._stop(number)
+        if os.getpid() == self._pid:
+            self._stop(number)
+        elif number != signal.SIGINT:  # a forked child (a loader worker): as if it had never inherited this handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        # Ctrl-C goes to the whole group: its children stay until the script has saved and ends them itself.
 
     def _take(self, number: int, handler: Callable[[int, FrameType | None], None]) -> None:
         before = signal.signal(number, handler)

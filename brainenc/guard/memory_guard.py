@@ -211,6 +211,9 @@ class MemoryGuard:
             elif files.is_out_of_memory(error):
                 traceback.print_exception(error)
                 self._stop(Order(kind="stop", reason=f"out of memory: {error}"))
+            elif self._order is not None and isinstance(error, Exception):
+                traceback.print_exception(error)  # a stop that reached every process: loader workers went first
+                self._stop(self._order)
             elif error is None and self._saved is None:
                 self._files.retire()
         finally:

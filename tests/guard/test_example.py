@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch
 SCRIPT = Path(__file__).parents[2] / "examples/unet_guard.py"
 
 
-def run(folder, *options):
+def run(folder, options=()):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(folder), "TMPDIR": str(folder)}
     command = [sys.executable, SCRIPT, "--out", folder, "--epochs", "2", *map(str, options)]
     folder.mkdir(exist_ok=True)
@@ -18,8 +19,8 @@ def run(folder, *options):
 
 
 def test_the_unet_script_is_saved_and_resumed(tmp_path):
-    whole = run(tmp_path / "whole")
-    struck = run(tmp_path / "struck", "--drill-at", 5)
+    with ThreadPoolExecutor() as pool:
+        whole, struck = pool.map(run, (tmp_path / "whole", tmp_path / "struck"), ((), ("--drill-at", 5)))
     resumed = run(tmp_path / "struck")
 
     assert (whole.returncode, struck.returncode, resumed.returncode) == (0, 75, 0), struck.stderr + resumed.stderr

@@ -187,6 +187,37 @@ def test_other_errors_pass_and_save_nothing(home):
     assert list(home.iterdir()) == []
 
 
+def test_an_error_after_a_request_to_stop_still_saves(home):
+    """SIGTERM to every process of a job kills the loader's workers first; then the loader raises."""
+    script = Script(home)
+
+    def lose_workers():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    assert stopped(script, at=6, do=lose_workers) == 75
+    assert files.load(home / "emergency_epoch2.pth")["step"] == 6
+
+
+def test_forked_children_do_not_inherit_the_stop(home):
+    """SIGTERM ends a loader worker as ever; Ctrl-C, which goes to the whole group, leaves it to the script."""
+    script = Script(home)
+    with script.guard:
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+        time.sleep(0.2)
+        os.kill(child, signal.SIGINT)
+        time.sleep(0.2)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        os.kill(child, signal.SIGTERM)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+        script.run(3)
+
+    assert not list(home.iterdir())
+
+
 def test_when_nothing_can_be_saved_it_does_not_pretend(home, monkeypatch):
     script = Script(home)
 
@@ -287,6 +318,7 @@ def final(folder):
     return torch.load(folder / "final.pt", weights_only=True)
 
 
+@pytest.mark.chaos  # `make test` has the same with the U-Net of examples/
 def test_stopped_and_resumed_the_weights_are_bit_equal(tmp_path):
     """With shuffling and dropout; stopped in the middle of the second epoch."""
     assert run_script(tmp_path / "whole").returncode == 0
