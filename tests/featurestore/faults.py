@@ -33,7 +33,7 @@ def extract_all(folder, *, acknowledge=lambda shard: None, collection_class=Coll
 class Injector:
     """Replaces the calls in ``os``, so that the ``at``-th one does ``what``.
 
-    ``"kill"``, ``"torn"`` (half of the bytes, then kill), or an errno to raise.
+    ``"kill"``, an errno to raise, or ``"torn"``: only writes count, and half of that one's bytes are written first.
     """
 
     def __init__(self, at, what):
@@ -54,10 +54,12 @@ class Injector:
     def _step(self, name, call, *args, **kwargs):
         if name == "open" and not args[1] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
             return call(*args, **kwargs)
+        if self.what == "torn" and name != "pwrite":
+            return call(*args, **kwargs)
         self.count += 1
         if self.count == self.at:
             self.hit = name
-            if self.what == "torn" and name == "pwrite":
+            if self.what == "torn":
                 call(args[0], args[1][: len(args[1]) // 2], args[2])
             if isinstance(self.what, int):
                 raise OSError(self.what, os.strerror(self.what))
