@@ -132,6 +132,25 @@ def test_a_step_that_was_made_again_replaces_the_one_before(url, other_machine):
     assert ObjectPlace(url).read("checkpoints/epoch0_step5/model.safetensors") == b"second"
 
 
+def test_a_step_made_again_and_sent_by_half_is_not_taken_for_whole(url):
+    import shutil
+
+    with local_run(url, new=True) as folder:
+        begin(folder)
+        checkpoint(folder, "epoch0_step5", b"first")
+    shutil.rmtree(folder / "checkpoints/epoch0_step5")
+    checkpoint(folder, "epoch0_step5", b"second")
+    place = ObjectPlace(url)
+
+    def breaks(name, path):
+        raise TransferFailed(f"{name} was not sent")
+
+    place.replace_file = breaks
+    with pytest.raises(TransferFailed):
+        RunMirror(place, folder).push()
+    assert "checkpoints/epoch0_step5/manifest.json" not in names(url)
+
+
 def test_nothing_that_did_not_change_is_sent_again(url):
     with local_run(url, new=True) as folder:
         begin(folder)
