@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import figures
 
-AREAS = ("store", "extract", "encoders", "train", "scoring", "guard", "cluster")
+AREAS = ("store", "backbones", "extract", "encoders", "train", "scoring", "guard", "cluster")
 """Each is a module here with ``TITLE``, ``run() -> list[Figure]`` and ``NOTES`` (also what did not work)."""
 
 
