@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -11,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -20,23 +19,18 @@ from typing import Any
 from brainenc.errors import BrainencError, TrainingFailed, UsageError
 from brainenc.guard.messages import EXIT_STOPPED_SAFELY, NullGuard, StepGuard
 from brainenc.train import orders, prepare
+from brainenc.train.alone import handling_signals, make_drills, train_alone
 from brainenc.train.config import TrainConfig, Workers
-from brainenc.train.drills import Drills, Planned
 from brainenc.train.elsewhere import elsewhere, on_this_node
+from brainenc.train.follow import Note, Progress, following
 from brainenc.train.inputs import OpenViews, StoredViews
-from brainenc.train.orders import FolderOrders, Hearing, SignalOrders
+from brainenc.train.orders import FolderOrders, Hearing
 from brainenc.train.ridge_run import ENCODER as RIDGE
 from brainenc.train.ridge_run import run_ridge
 from brainenc.train.run_folder import RunFolder
 
-Progress = Callable[[Mapping[str, Any]], None]
-"""Called with each record as it is written."""
-Note = Callable[[str], None]
-
 _OBJECT_STORE_BYTES = 200_000_000
 """Of a Ray that we start: features never travel through it."""
-
-_POLL_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +126,7 @@ def _launch(config: TrainConfig, views: OpenViews, progress: Progress, note: Not
         with folder.held():
             orders.clear(folder)
             if workers.high == 0:
-                outcome = _alone(config, views, progress, note)
+                outcome = train_alone(config, views, progress, note)
             else:
                 outcome = _with_ray(config, workers, views, progress, note)
     except BrainencError as error:
@@ -171,7 +165,7 @@ def default_workers() -> Workers:
     return Workers(low=max(1, gpus), high=max(1, gpus))
 
 
-# ---------------------------------------------------------------------- in this process
+# ---------------------------------------------------------------------- on Ray's workers
 
 
 class _Stopper:
@@ -192,49 +186,6 @@ class _Stopper:
         orders.give(self._folder, "stop", reason)
         if self._coordinator is not None:
             self._coordinator.trip("stop", reason)
-
-
-@contextmanager
-def _signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle SIGTERM and SIGINT, where this is the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def _alone(config: TrainConfig, views: OpenViews, progress: Progress, note: Note) -> Any:
-    """One rank in this process, no Ray."""
-    import torch
-
-    from brainenc.train import guarding
-    from brainenc.train.team import Solo
-    from brainenc.train.worker import Relief, Surroundings, work
-
-    wanted = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    folder, relief = RunFolder(config.out), Relief()
-    with guarding.alone(config, gpu=wanted.startswith("cuda"), relief=relief) as (guard, record_stop):
-        signals = SignalOrders(record_stop)
-        around = Surroundings(
-            team=Solo(), device=torch.device(wanted), open_views=views, on_record=progress, on_note=note, relief=relief,
-            guard=Hearing(guard, [signals, FolderOrders(folder)]), threads=config.threads,
-            drill=_drills(config, guard, os.getpid()),
-        )  # fmt: skip
-        with _signals(signals.take):
-            return work(config, around)
-
-
-def _drills(config: TrainConfig, guard: StepGuard, driver_pid: int) -> Drills:
-    planned = [Planned.parse(text) for text in config.drill]
-    return Drills(planned, marks=RunFolder(config.out).drill_marks, guard=guard, driver_pid=driver_pid)
-
-
-# ---------------------------------------------------------------------- on Ray's workers
 
 
 def ray_address(config: TrainConfig) -> str:
@@ -287,7 +238,7 @@ def _with_ray(config: TrainConfig, workers: Workers, views: OpenViews, progress:
         trainer = _trainer(config, workers, views, coordinator)
         # ray.init and, in the main thread, fit install handlers that end the run on the spot: ours come after, and fit
         # runs in a thread.
-        with _following(folder, progress, note), _signals(_Stopper(folder, coordinator).take):
+        with following(folder, progress, note), handling_signals(_Stopper(folder, coordinator).take):
             try:
                 result = _in_thread(trainer.fit)
             except WorkerGroupError as error:
@@ -412,7 +363,7 @@ def _worker(given: dict[str, Any]) -> Any:
             team=team, device=ray.train.torch.get_device() if gpu else torch.device("cpu"), open_views=given["views"],
             guard=Hearing(guard, [FolderOrders(folder)] if team.rank == 0 else []), relief=relief,
             threads=config.threads or max(1, _cores() // context.get_local_world_size()),
-            drill=_drills(config, guard, given["driver_pid"]),
+            drill=make_drills(config, guard, given["driver_pid"]),
         )  # fmt: skip
         return work(config, around)
 
@@ -435,48 +386,3 @@ def _rank_guard(
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _following(folder: RunFolder, progress: Progress, note: Note) -> Iterator[None]:
-    """Show what workers write to the run folder as it comes."""
-    ended = threading.Event()
-    thread = threading.Thread(target=_follow, args=(folder, progress, note, ended), name="follow", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _follow(folder: RunFolder, progress: Progress, note: Note, ended: threading.Event) -> None:
-    records = _Tail(folder.metrics_file)
-    lines = _Tail(folder.log_file)
-    while True:
-        last = ended.wait(_POLL_S)
-        for text in lines.new():
-            note(text.partition("] ")[2] or text)
-        for text in records.new():
-            with suppress(ValueError):
-                progress(json.loads(text))
-        if last:
-            return
-
-
-class _Tail:
-    """Whole lines that were appended to a file since the last look."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._at = path.stat().st_size if path.exists() else 0
-
-    def new(self) -> list[str]:
-        if not self._path.exists():
-            return []
-        with open(self._path, "rb") as file:
-            file.seek(self._at)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._at += len(whole)
-        return whole.decode(errors="replace").splitlines()

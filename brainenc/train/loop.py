@@ -9,94 +9,31 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from brainenc.errors import BrainencError, LossNotFinite, TrainingFailed
-from brainenc.guard.messages import NullGuard, Order, OutOfTime, StepGuard
+from brainenc.guard.messages import Order, OutOfTime
 from brainenc.scoring import StreamingPearson, mean_r, val_perf
 from brainenc.train.checkpoint import Contents, Position
 from brainenc.train.data import Batch, Loader
+from brainenc.train.fitting import FitSettings, Hooks, Outcome, Status
 from brainenc.train.saver import Saver
 from brainenc.train.schedule import Clock, learning_rate
 from brainenc.train.status import Trouble, Verdict, Wish, Word, decide
 from brainenc.train.step import Stepper, is_out_of_memory
 from brainenc.train.team import RankLost, Team
 
-Floats = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]
-
-
-class Drill(Protocol):
-    """Faults on purpose."""
-
-    def at(self, *, step: int, rank: int) -> None:
-        """Called before the local work of each step; may raise, signal, or do nothing."""
-        ...
-
-
-class NoDrill:
-    """No faults."""
-
-    def at(self, *, step: int, rank: int) -> None:
-        """Nothing happens."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FitSettings:
-    """How long, how fast, and what is written down."""
-
-    epochs: int
-    learning_rate: float
-    lr_drop: int
-    lr_gamma: float
-    log_every: int = 1
-    snapshot_every_s: float = 20.0
-    checkpoint_every_s: float = 300.0
-    config: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    scheduler: Mapping[str, Any] = field(default_factory=dict)
-    random: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hooks:
-    """What a fit talks to besides the other ranks; the defaults talk to nobody."""
-
-    guard: StepGuard = field(default_factory=NullGuard)
-    record: Callable[[Mapping[str, Any]], None] = lambda fields: None
-    """Rank 0: one object for ``metrics.jsonl`` and trackers."""
-    note: Callable[[str], None] = lambda text: None
-    """A line for a person."""
-    scored: Callable[[Floats, Floats, Position], None] = lambda lh, rh, position: None
-    """Rank 0: r of each vertex, after a validation that is the best so far."""
-    drill: Drill = field(default_factory=NoDrill)
-    clock: Callable[[], float] = time.monotonic
 
 
 _UNSAVED_BORNE = 2
 """Checkpoints that may fail before the run is ended for it."""
-
-Status = Literal["done", "stopped", "failed"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """How a fit ended, the same on every rank."""
-
-    status: Status
-    position: Position
-    reason: str = ""
-    checkpoint: str = ""
-    """The emergency checkpoint, where one was written."""
-    save_s: float = 0.0
-    """Seconds from the verdict to the durable emergency checkpoint."""
-    error: BrainencError | None = None
 
 
 class Fit:
@@ -223,6 +160,8 @@ class Fit:
         """Whether writing in the background goes well."""
         if (error := self._saver.failure()) is not None:
             self._not_saved(error)
+        elif self._saver.succeeded():
+            self._unsaved = 0
 
     def _not_saved(self, error: Exception) -> None:
         """One failure is borne, because disks of others come back; then the run ends while it still can be saved."""
@@ -344,6 +283,8 @@ class Fit:
                 self._saver.checkpoint(self._contents(), best=best)
             except (OSError, BrainencError) as error:
                 self._not_saved(error)
+            else:
+                self._unsaved = self._unsaved if self._saver.can_snapshot else 0
         now = self._hooks.clock()
         self._checkpoints.done(now, 0.0)
         self._snapshots.done(now, 0.0)

@@ -146,6 +146,10 @@ class Saver:
         """What could not be written in the background since this was asked last."""
         return self._background.failure()
 
+    def succeeded(self) -> bool:
+        """Whether something was written in the background since this was asked last."""
+        return self._background.succeeded()
+
     def clean(self) -> None:
         """Remove this machine's snapshots: the run is done."""
         self.wait()

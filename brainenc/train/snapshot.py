@@ -74,6 +74,7 @@ class Background:
         self._name = name
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._well = False
 
     @property
     def busy(self) -> bool:
@@ -97,8 +98,15 @@ class Background:
         error, self._error = self._error, None
         return error
 
+    def succeeded(self) -> bool:
+        """Whether a job has ended well since this was asked last."""
+        well, self._well = self._well, False
+        return well
+
     def _run(self, job: Callable[[], None]) -> None:
         try:
             job()
         except Exception as error:
             self._error = error
+        else:
+            self._well = True

@@ -24,8 +24,9 @@ from brainenc.train import checkpoint, saver
 from brainenc.train.checkpoint import Position
 from brainenc.train.config import TrainConfig
 from brainenc.train.data import Loader, Samples, buffer_bytes
+from brainenc.train.fitting import Drill, FitSettings, Floats, Hooks, NoDrill, Outcome
 from brainenc.train.inputs import OpenViews, open_samples, provenance, read_split, split_samples
-from brainenc.train.loop import Drill, Fit, FitSettings, Floats, Hooks, NoDrill, Outcome
+from brainenc.train.loop import Fit
 from brainenc.train.model import BrainEncoder, build_encoder
 from brainenc.train.order import Order
 from brainenc.train.predict import predict_test
