@@ -25,8 +25,9 @@ NOTES = """
 A step is forward, loss, backward, clipping and AdamW (fused, on both sides) with dropout 0.1, batch 16, 961 x 768
 tokens, 19,004 and 20,544 vertices, 24 ROIs of about 6 % each and a remainder a hemisphere. Steps of both sides
 alternate; the fastest of each counts, because other processes only ever add time. With a load above the number of
-cores the ratio is too low: our step has more and shorter parallel parts, each of which waits for its slowest thread. The published formulation is written
-from its description (`benchmarks/published.py`) with `nn.MultiheadAttention`, which PyTorch sends to MKL in float32.
+cores the ratio is too low: our step has more and shorter parallel parts, each of which waits for its slowest thread.
+
+The published formulation is written from its description (`benchmarks/published.py`) with `nn.MultiheadAttention`, which PyTorch sends to MKL in float32.
 The bfloat16 target is against the published formulation as published, in float32; the ratio to the same formulation
 under bfloat16 autocast stands beside it without a target: both then run oneDNN's kernels, and the key and value
 products (75 GFLOP a step) are the same work for both.
