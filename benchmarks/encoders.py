@@ -27,10 +27,10 @@ tokens, 19,004 and 20,544 vertices, 24 ROIs of about 6 % each and a remainder a 
 alternate; the fastest of each counts, because other processes only ever add time. With a load above the number of
 cores the ratio is too low: our step has more and shorter parallel parts, each of which waits for its slowest thread.
 
-The published formulation is written from its description (`benchmarks/published.py`) with `nn.MultiheadAttention`, which PyTorch sends to MKL in float32.
-The bfloat16 target is against the published formulation as published, in float32; the ratio to the same formulation
-under bfloat16 autocast stands beside it without a target: both then run oneDNN's kernels, and the key and value
-products (75 GFLOP a step) are the same work for both.
+The published formulation is written from its description (`benchmarks/published.py`) with `nn.MultiheadAttention`,
+which PyTorch sends to MKL in float32. The bfloat16 target is against the published formulation as published, in
+float32; the ratio to the same formulation under bfloat16 autocast stands beside it without a target: both then run
+oneDNN's kernels, and the key and value products (75 GFLOP a step) are the same work for both.
 
 Memory is bytes of tensors alive at most in forward and backward, parameters and their gradients left out, counted
 operator by operator on the `meta` device: the published formulation would not fit in this machine. Counting and
