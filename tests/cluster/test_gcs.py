@@ -45,11 +45,10 @@ def test_extract_and_train_in_a_bucket_with_everything_killed(gcs, subject, tmp_
 
     monkeypatch.setenv("BRAINENC_CACHE", str(tmp_path / "machine-a"))
     log = tmp_path / "extract.log"
-    for sealed in (1, 4):
-        process = start(extraction(subject, STORE), log=log)
-        wait_for(lambda n=sealed: len(in_bucket(gcs, ".arrow")) > n, process)
-        kill(family(process))
-        process.wait()
+    process = start(extraction(subject, STORE), log=log)
+    assert wait_for(lambda: len(in_bucket(gcs, ".arrow")) > 2, process)
+    kill(family(process))
+    process.wait()
     for skip in (3, 20, 40):
         gcs.fault("upload_.*", "commit_reset", skip=skip)
         gcs.fault(".*", "status", skip=skip)
@@ -60,19 +59,19 @@ def test_extract_and_train_in_a_bucket_with_everything_killed(gcs, subject, tmp_
     feature = open_store(STORE).keys()[0].partition("/")[2]
     log = tmp_path / "train.log"
     training = ["train", "--subject-dir", str(subject), "--store", STORE, "--feature", feature, "--out", RUN]
-    process = start([*training, "--workers", "1", "--epochs", "30", "--checkpoint-every", "1s"], log=log)
+    process = start([*training, "--workers", "0", "--epochs", "20", "--checkpoint-every", "1s"], log=log)
     assert wait_for(lambda: len(in_bucket(gcs, "/manifest.json")) > 0, process)
     kill(family(process))
     process.wait()
 
     monkeypatch.setenv("BRAINENC_CACHE", str(tmp_path / "machine-b"))
     log = tmp_path / "resume.log"
-    resumed = start(["train", "--resume", RUN, "--workers", "1", "--epochs", "30", "--json"], log=log)
+    resumed = start(["train", "--resume", RUN, "--epochs", "20", "--json"], log=log)
     done = finish(resumed, log=log)
     assert (done["status"], done["run_folder"]) == ("done", RUN)
     place = ObjectPlace(RUN)
     records = [json.loads(line) for line in place.read("metrics.jsonl").decode().splitlines()]
-    assert {r["epoch"] for r in records if r.get("split") == "val"} == set(range(30))
+    assert {r["epoch"] for r in records if r.get("split") == "val"} == set(range(20))
     assert len({r["run"] for r in records}) == 2, "it went on, it did not begin again"
     assert np.isfinite(json.loads(place.read("checkpoints/best.json"))["val_perf"])
 

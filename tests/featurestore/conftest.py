@@ -1,6 +1,7 @@
 """Emulated object stores, and a cache folder that is the test's own."""
 
 import os
+import secrets
 
 import pytest
 
@@ -12,32 +13,32 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def moto_server():
-    """S3 on loopback, for the whole session."""
+    """S3 on loopback with a bucket ``lab-bucket``, for the whole session; settings under which clients find it."""
     import logging
 
+    import requests
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
+    url = f"http://{host}:{port}"
+    requests.put(f"{url}/lab-bucket", timeout=30).raise_for_status()
+    yield {
+        "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }  # fmt: skip
     server.stop()
 
 
 @pytest.fixture
 def s3(moto_server, monkeypatch):
-    """An empty bucket ``lab-bucket`` in an emulated S3, where ``s3://lab-bucket/...`` leads for the test."""
-    import s3fs
-
-    settings = {"AWS_ENDPOINT_URL": moto_server, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-    for name, value in (settings | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
+    """An address in an emulated S3 that no other test uses."""
+    for name, value in moto_server.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
-    fs = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
-    fs.mkdir("lab-bucket")
-    yield "s3://lab-bucket"
-    fs.rm("lab-bucket", recursive=True)
+    return f"s3://lab-bucket/{secrets.token_hex(6)}"
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ class TestAmazon(Emulated):
         import s3fs
 
         fs = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
-        path = f"lab-bucket/store/{name}"
+        path = f"{place.url.removeprefix('s3://')}/{name}"
         return fs.cat_file(path) if fs.exists(path) else None
 
 
@@ -258,7 +258,7 @@ def test_an_unknown_kind_of_address_says_what_is_missing():
 
 
 def test_credentials_in_an_address_are_used_but_not_shown(s3):
-    place = ObjectPlace("s3://AKIAEXAMPLE:topsecret@lab-bucket/store", patience=QUICK)
+    place = ObjectPlace(s3.replace("s3://", "s3://AKIAEXAMPLE:topsecret@"), patience=QUICK)
     assert place.create("a.json", b"1")
     assert "topsecret" not in place.url + repr(place)
     with pytest.raises(FileNotFoundError) as caught:
