@@ -33,12 +33,12 @@ float32; the ratio to the same formulation under bfloat16 autocast stands beside
 oneDNN's kernels, and the key and value products (75 GFLOP a step) are the same work for both.
 
 Memory is bytes of tensors alive at most in forward and backward, parameters and their gradients left out, counted
-operator by operator on the `meta` device: the published formulation would not fit in this machine. Counting and
-computing are compared at a smaller size.
+operator by operator on the `meta` device: two samples of the published formulation take 29 GB. Counting and computing
+are compared at a smaller size.
 
-What did not work: slices of the readout's weights in autograd (each gradient is an array as large as all weights);
-moving the projections to the queries over the whole batch at once (the same operations, but softmax and dropout then
-walk through memory: 0.77 s a step, still with MKL's products, where image by image takes 0.37 s).
+What did not work: moving the projections to the queries over the whole batch at once. The operations are the same, but
+softmax and dropout then walk through memory: 0.77 s a step (with MKL's products and Bernoulli draws), 0.37 s image by
+image with oneDNN and cheaper draws.
 """
 
 HIDDEN, GRID, BATCH, VERTICES, N_ROIS = 768, (31, 31), 16, (19_004, 20_544), 24
