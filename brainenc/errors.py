@@ -18,7 +18,8 @@
     |  |- ValueNotStorable (ValueError)   a value that the storage dtype cannot hold
     |  |- CacheTooSmall (ValueError)      a cache budget below one shard
     |  |- PlaceUnfit (OSError)            the place cannot do what a store needs (atomic create, real flush ...)
-    |  `- TransferFailed (OSError)        a remote place did not answer, in all tries
+    |  |- TransferFailed (OSError)        a remote place did not answer, in all tries
+    |  `- TakenOver                        another machine goes on with this run
     |- NoSpace (OSError)                  a disk or quota is full, or would be
     |- ExtractionFailed                   extraction ended with work undone
     |- TrainingFailed                     training ended with work undone
@@ -220,6 +221,10 @@ class PlaceUnfit(StoreError, OSError):
 
 class TransferFailed(StoreError, OSError):
     """A remote place failed in all tries."""
+
+
+class TakenOver(StoreError):
+    """Another machine goes on with this run; what this one made since is not sent."""
 
 
 class NoSpace(BrainencError, OSError):

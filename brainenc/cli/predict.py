@@ -25,5 +25,6 @@ def command(run: str, out: Path | None, device: str, as_json: bool) -> None:
     from brainenc.train.evaluate import open_run, predict
 
     with run_to_look_at(run) as folder:
-        written = predict(open_run(folder, device=device), out)
-    click.echo(json.dumps([str(path) for path in written]) if as_json else "\n".join(map(str, written)))
+        paths = predict(open_run(folder, device=device), out)
+    written = [str(path).replace(str(folder), run.rstrip("/")) for path in paths]  # where the run is
+    click.echo(json.dumps(written) if as_json else "\n".join(written))

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 from brainenc import atomic
-from brainenc.errors import BrainencError, StoreError
+from brainenc.errors import BrainencError, TakenOver
 from brainenc.featurestore.download import download
 from brainenc.featurestore.places.base import Place
 
@@ -48,10 +48,6 @@ class Target(Place, Protocol):
     def replace_file(self, name: str, path: Path) -> None:
         """The same with a local file's bytes."""
         ...
-
-
-class TakenOver(StoreError):
-    """Another machine goes on with this run."""
 
 
 @dataclass(kw_only=True)

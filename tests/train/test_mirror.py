@@ -6,13 +6,13 @@ import time
 
 import pytest
 
-from brainenc.errors import TransferFailed, UsageError
+from brainenc.errors import TakenOver, TransferFailed, UsageError
 from brainenc.featurestore.places.mount import MountPlace
 from brainenc.featurestore.places.object import ObjectPlace
 from brainenc.featurestore.services.generic import FsspecService
 from brainenc.featurestore.services.patience import Patience
 from brainenc.train.elsewhere import elsewhere, local_run, on_this_node, run_to_look_at
-from brainenc.train.mirror import RunMirror, TakenOver
+from brainenc.train.mirror import RunMirror
 
 
 @pytest.fixture(autouse=True)
