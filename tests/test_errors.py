@@ -14,6 +14,7 @@ EXAMPLES = {
     "KeyNotFound": ("a/b/1.q", "/data/store", ("a/b/0.q",)),
     "ProvenanceMismatch": ("a/b/1.q", {"weights": ("x", "y")}, "Choose another name."),
     "MissingRow": ("nsd-00013", "a/b/1.q"),
+    "Incomplete": ("nsd-00013", "a/b/1.q", 3, 10),
     "CacheTooSmall": (100, 50, "gs://lab/features"),
     "MemoryRefused": (100, 50, "a batch"),
 }
