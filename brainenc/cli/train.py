@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from brainenc.cli.progress import Progress
 from brainenc.cli.train_options import absolute, config_from, given_fields, split_source, train_options
 from brainenc.errors import UsageError
+
+if TYPE_CHECKING:  # torch takes seconds, which `--help` need not wait for
+    from brainenc.train.config import TrainConfig
 
 EXAMPLE = """
 \b
@@ -30,16 +33,20 @@ Example:
 def command(as_json: bool, resume_run: str | None, **options: Any) -> int:
     """Train a brain encoder on stored features, or go on with a run.
 
-    Exit code 75 means stopped safely: `--resume RUN` goes on from there.
+    Exit code 75 means stopped safely: the same command, or `--resume RUN`, goes on from there.
     """
     given, source = split_source(given_fields(options))
     run = resume_run or given.get("out")
-    with Progress("train", json_lines=as_json) as progress, _worked_on(run, resume_run is None, progress) as folder:
+    begun = resume_run is None and run is not None and _begun(run)
+    new = resume_run is None and not begun
+    with Progress("train", json_lines=as_json) as progress, _worked_on(run, new, progress) as folder:
         shown = {"progress": _Shown(progress), "note": progress.note}
         if not as_json:
             _banner(given, progress.note)
-        if resume_run is None:
+        if new:
             result = _start({**given, **folder}, source, shown)
+        elif begun:
+            result = _again({**given, **folder}, source, shown)
         else:
             result = _resume(folder["out"], given, source, shown)
     if run:
@@ -64,16 +71,36 @@ def _worked_on(run: str | None, new: bool, progress: Progress) -> Iterator[dict[
         yield {"out": str(folder)}
 
 
+def _begun(run: str) -> bool:
+    from brainenc.train.elsewhere import has_run
+
+    return has_run(absolute(run) or run)
+
+
 def _start(given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any]) -> Any:
     from brainenc.train.launch import train
 
+    config, views = _asked(given, source)
+    return train(config, open_views=views, **shown)
+
+
+def _again(given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any]) -> Any:
+    """The same command again, as a scheduler gives it after a requeue: go on, unless it means another run."""
+    from brainenc.train.launch import resume
+
+    config, views = _asked(given, source)
+    asked = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("id", "split")}
+    return resume(config.out, asked, open_views=views, **shown)
+
+
+def _asked(given: dict[str, Any], source: dict[str, Any]) -> tuple[TrainConfig, Any]:
+    """The configuration that the options mean, and what computes features on the fly, if anything does."""
     if not source:
-        return train(config_from(given), **shown)
+        return config_from(given), None
     texts = tuple(given.pop("features", ()))
     config = config_from(given)
     views = _views(config.subject_dir, {**source, "features": texts})
-    config = replace(config, features=tuple(views.names()), source={**source, "features": list(texts)})
-    return train(config, open_views=views, **shown)
+    return replace(config, features=tuple(views.names()), source={**source, "features": list(texts)}), views
 
 
 def _resume(run: str, given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any]) -> Any:

@@ -12,14 +12,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from brainenc.errors import BrainencError, LossNotFinite, TrainingFailed
+from brainenc.errors import BrainencError, TrainingFailed
 from brainenc.guard.messages import Order, OutOfTime
-from brainenc.scoring import StreamingPearson, mean_r, val_perf
+from brainenc.scoring import mean_r, val_perf
 from brainenc.train.checkpoint import Contents, Position
 from brainenc.train.data import Batch, Loader
 from brainenc.train.fitting import FitSettings, Hooks, Outcome, Status
@@ -28,9 +24,8 @@ from brainenc.train.schedule import Clock, learning_rate
 from brainenc.train.status import Trouble, Verdict, Wish, Word, decide
 from brainenc.train.step import Stepper, is_out_of_memory
 from brainenc.train.team import RankLost, Team
-
-Array = npt.NDArray[Any]
-
+from brainenc.train.troubles import as_error, ids, told
+from brainenc.train.validation import Part, Validation, predict_part
 
 _UNSAVED_BORNE = 2
 """Checkpoints that may fail before the run is ended for it."""
@@ -87,7 +82,7 @@ class Fit:
         """All epochs are trained and validated; the run is done if its last checkpoint is durable."""
         self._saver.wait()
         error = self._saver.failure()
-        unsaved = next((text for text in self._team.exchange_text(_told(error) if error else "") if text), "")
+        unsaved = next((text for text in self._team.exchange_text(told(error) if error else "") if text), "")
         if not unsaved:
             return Outcome(status="done", position=self.position)
         return Outcome(
@@ -166,9 +161,9 @@ class Fit:
     def _not_saved(self, error: Exception) -> None:
         """One failure is borne, because disks of others come back; then the run ends while it still can be saved."""
         self._unsaved += 1
-        self._hooks.note(f"A checkpoint could not be written at step {self.position.step}: {_told(error)}")
+        self._hooks.note(f"A checkpoint could not be written at step {self.position.step}: {told(error)}")
         if self._unsaved > _UNSAVED_BORNE:
-            self._failure = f"checkpoints could not be written {self._unsaved} times: {_told(error)}"
+            self._failure = f"checkpoints could not be written {self._unsaved} times: {told(error)}"
 
     def _with_wishes(self, word: Word) -> Word:
         """Ask the guard, as late as possible before the exchange."""
@@ -191,9 +186,9 @@ class Fit:
         except RankLost:
             raise
         except Exception as error:
-            self._broken, self._failure = True, _told(error)
+            self._broken, self._failure = True, told(error)
         if not math.isfinite(norm):
-            self._failure = f"the gradient of step {self.position.step} has the norm {norm}{_ids(batch)}"
+            self._failure = f"the gradient of step {self.position.step} has the norm {norm}{ids(batch)}"
             return self._end(replace(verdict, trouble=Trouble.NOT_FINITE, go=False, save=False))
         self.position = replace(self.position, step=self.position.step + 1, epoch=epoch)
         self._hooks.guard.beat(epoch=epoch, step=self.position.step)
@@ -218,13 +213,13 @@ class Fit:
         self._torn = False
 
     def _not_finite(self, word: Word, loss: float, batch: Batch) -> Word:
-        self._failure = f"the loss of step {self.position.step} is {loss}{_ids(batch)}"
+        self._failure = f"the loss of step {self.position.step} is {loss}{ids(batch)}"
         return replace(word, trouble=max(word.trouble, Trouble.NOT_FINITE), loss=0.0)
 
     def _local_failure(self, word: Word, error: Exception) -> Word:
         """Void gradients, whole weights. The traceback is cut loose: its frames hold the tensors that did not fit."""
         short = is_out_of_memory(error)
-        self._failure = _told(error)
+        self._failure = told(error)
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
         if short:
@@ -331,7 +326,7 @@ class Fit:
             path, unsaved = self._emergency(verdict, reason)
         took = time.perf_counter() - began
         self._settle()
-        error = _error(verdict, what, self.position) if verdict.trouble and verdict.wish != Wish.STOP else None
+        error = as_error(verdict, what, self.position) if verdict.trouble and verdict.wish != Wish.STOP else None
         if unsaved and error is None:
             error = TrainingFailed(f"Stopped at step {self.position.step} ({reason}), but nothing was saved: {unsaved}")
         status: Status = "failed" if error else "stopped"
@@ -360,7 +355,7 @@ class Fit:
         """A write in hand may fail now without harm: the emergency checkpoint is newer."""
         self._saver.wait()
         if (error := self._saver.failure()) is not None:
-            self._hooks.note(f"A checkpoint in the background failed: {_told(error)}")
+            self._hooks.note(f"A checkpoint in the background failed: {told(error)}")
 
     def _contents(self) -> Contents:
         position = replace(self.position, micro_batch=self._stepper.micro_batch)
@@ -374,32 +369,27 @@ class Fit:
 
     def _validate(self, epoch: int) -> Outcome | None:
         """Loss and correlation on the validation samples, each rank on its share; then a checkpoint."""
-        scores = tuple(StreamingPearson(n, threads=1) for n in self._vertices)
-        loss, samples = 0.0, 0
+        sums = Validation(self._vertices)
         batches = self._val.run(0, self._val_steps)
         try:
             for _ in range(self._val_steps):
-                verdict, ended = self._validation_step(batches, scores)
-                if ended is not None:
+                if (ended := self._validation_step(batches, sums)) is not None:
                     return ended
-                loss, samples = loss + verdict.loss * verdict.samples, samples + verdict.samples
         finally:
             batches.close()  # type: ignore[attr-defined]
-        self._finish_validation(epoch, loss / max(1, samples), scores)
+        self._finish_validation(epoch, sums)
         return None
 
-    def _validation_step(
-        self, batches: Iterator[Batch], scores: tuple[StreamingPearson, ...]
-    ) -> tuple[Verdict, Outcome | None]:
+    def _validation_step(self, batches: Iterator[Batch], sums: Validation) -> Outcome | None:
         batch: Batch | None = None
         while True:
             word = self._word()
-            predicted: list[tuple[int, Array, Array]] = []
+            predicted: list[Part] = []
             try:
                 if batch is None:
                     batch = next(batches)
                 with self._hooks.guard.computing():
-                    total, predicted = self._predict(batch)
+                    total, predicted = predict_part(self._stepper, batch)
                 word = replace(word, loss=total, samples=batch.count)
             except OutOfTime as stop:
                 word = self._out_of_time(word, stop)
@@ -407,71 +397,21 @@ class Fit:
                 word = self._local_failure(word, error)
             verdict = decide(self._team.exchange(self._with_wishes(replace(word, snapshot=0, save=0)).row()))
             if verdict.go:
-                for side, outs, targets in predicted:
-                    scores[side].update(outs, targets)
+                sums.add(verdict, predicted)
             if (ended := self._after(verdict)) is not None or verdict.go:
-                return verdict, ended
+                return ended
 
-    def _predict(self, batch: Batch) -> tuple[float, list[tuple[int, Array, Array]]]:
-        """The loss summed over samples, and (hemisphere, predicted, measured) of each micro-batch."""
-        total, found = 0.0, []
-        for first in range(0, batch.count, self._stepper.micro_batch):
-            last = min(first + self._stepper.micro_batch, batch.count)
-            loss, outs, targets = self._stepper.evaluate(*batch.part(first, last))
-            total += loss * (last - first)
-            for side, (out, target) in enumerate(zip(outs, targets, strict=True)):
-                found.append((side, out.cpu().numpy(), target.cpu().numpy()))
-        return total, found
-
-    def _finish_validation(self, epoch: int, loss: float, scores: tuple[StreamingPearson, ...]) -> None:
-        r_lh, r_rh = (_merged(score, self._team).r() for score in scores)
+    def _finish_validation(self, epoch: int, sums: Validation) -> None:
+        r_lh, r_rh = sums.correlations(self._team)
         perf = val_perf(r_lh, r_rh)
         best = self.position.best is None or perf > self.position.best
         self.position = replace(self.position, validated=epoch + 1, best=perf if best else self.position.best)
         if self._team.rank == 0:
             self._hooks.record({
-                "epoch": epoch, "step": self.position.step, "split": "val", "loss": loss, "r_lh": mean_r(r_lh),
+                "epoch": epoch, "step": self.position.step, "split": "val", "loss": sums.loss, "r_lh": mean_r(r_lh),
                 "r_rh": mean_r(r_rh), "val_perf": perf, "best": best,
             })  # fmt: skip
             if best:
                 self._hooks.scored(r_lh, r_rh, self.position)
         self._checkpoint(best=best)
         self._team.exchange_text("")  # rank 0 may have had to wait for a slow disk: longer than a word may take
-
-
-def _merged(score: StreamingPearson, team: Team) -> StreamingPearson:
-    """Every rank's part, joined in the order of ranks, one at a time so that memory does not grow with them."""
-    if team.size == 1:
-        return score
-    mine = score.state()
-    whole = StreamingPearson(score.n_vertices, threads=1)
-    for rank in range(team.size):
-        part = team.sum_array(mine if rank == team.rank else np.zeros_like(mine))
-        whole.merge(StreamingPearson.from_state(part))
-    return whole
-
-
-def _told(error: BaseException) -> str:
-    return str(error) if isinstance(error, BrainencError) else f"{type(error).__name__}: {error}"
-
-
-def _ids(batch: Batch | None) -> str:
-    return f" on the samples {', '.join(batch.ids)}" if batch is not None else ""
-
-
-def _error(verdict: Verdict, what: str, position: Position) -> BrainencError:
-    ranks = ", ".join(map(str, verdict.who))
-    last = f"The last finished step is {position.step}"
-    if verdict.trouble == Trouble.NOT_FINITE:
-        return LossNotFinite(
-            f"Training stopped: {what}. The weights of step {position.step} are finite, and the last good checkpoint "
-            "is the newest in the run's checkpoints. Look at those samples' responses and features, lower "
-            "--learning-rate, or train in float32."
-        )
-    if verdict.trouble == Trouble.OUT_OF_MEMORY:
-        return TrainingFailed(
-            f"Rank {ranks} ran out of memory with one sample at a time: {what}. {last}. Use fewer workers on this "
-            "machine, a smaller --hidden, or features with fewer tokens."
-        )
-    when = "in the update after the others had gone on" if verdict.trouble == Trouble.BROKEN else "in its own part"
-    return TrainingFailed(f"Rank {ranks} failed {when} of step {position.step}: {what}. {last}.")

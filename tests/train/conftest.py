@@ -116,12 +116,12 @@ class ThreadTeam:
         with shared["lock"]:
             shared.setdefault(key, {})[self.rank] = value
         try:
-            shared["barrier"].wait(timeout=20)
+            shared["barrier"].wait(timeout=90)
         except threading.BrokenBarrierError as error:
             raise RankLost(self.rank, "another thread", "broken barrier") from error
         values = [shared[key][r] for r in range(self.size)]
         with suppress(threading.BrokenBarrierError):  # everybody has read what it needs before round + 2 begins
-            shared["barrier"].wait(timeout=20)
+            shared["barrier"].wait(timeout=90)
         return values
 
     def exchange(self, word):
