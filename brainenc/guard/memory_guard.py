@@ -354,13 +354,14 @@ class MemoryGuard:
         return True
 
     def _shrink(self, order: Order) -> None:
+        self._busy = True  # what is heard meanwhile is about memory before it has shrunk
         saved = self._save()
         self._say(self._block(order, saved))
         if not saved.path:
             raise SystemExit(1)
         self._on_shrink()
         files.free_cached()
-        self._shrunk_at, self._order, self._overdue = time.monotonic(), None, False
+        self._shrunk_at, self._order, self._overdue, self._busy = time.monotonic(), None, False, False
         self._hold_reserve()
         self._say(f"{self._marks.done}Shrunk; going on. Still critical after {self._config.dwell_s:g} s means stop.")
 

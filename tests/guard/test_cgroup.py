@@ -101,6 +101,18 @@ def test_a_path_outside_the_namespace_stays_inside_the_mount(tmp_path):
     assert find_mount(tmp_path).group == tmp_path / "sys/fs/cgroup/job"
 
 
+def test_with_both_versions_mounted_the_one_that_has_memory_counts(tmp_path):
+    """The hybrid layout of systemd: memory is version 1's, and version 2 has a path, too."""
+    tree = FakeTree(tmp_path)
+    tree.v1("/job", {"/job": 8 * GB}, {"total_rss": GB, "total_shmem": 0})
+    mounts = (tmp_path / "proc/self/mountinfo").read_text()
+    tree.file("proc/self/mountinfo", "31 25 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n" + mounts)
+    tree.file("proc/self/cgroup", "0::/elsewhere\n4:memory:/job\n")
+    tree.file("sys/fs/cgroup/unified/elsewhere/memory.max", f"{GB}\n")
+
+    assert [(g.version, g.limit) for g in limited_groups(tmp_path)] == [(1, 8 * GB)]
+
+
 def test_without_control_groups_there_are_no_limits(tmp_path):
     FakeTree(tmp_path)
 

@@ -260,6 +260,22 @@ def test_shrink_that_helps_goes_on_to_the_end(home):
     assert sizes == [8, 4]
 
 
+def test_shrinking_that_takes_its_time_is_not_broken_off(home):
+    """The boundary was due long ago when the batch has been halved at last: that is no reason to stop."""
+    sizes = [8]
+
+    def shrink():
+        time.sleep(1.0)
+        sizes.append(4)
+        script.guard.drill("ram", 0.2)
+
+    script = Script(home, on_critical="shrink", on_shrink=shrink)
+    with script.guard:
+        script.run(100, at=3, do=lambda: script.guard.drill("ram", 0.95, seconds=60))
+
+    assert sizes == [8, 4]
+
+
 def test_shrink_without_a_way_to_shrink_is_refused(home):
     with pytest.raises(UsageError, match="on_shrink"):
         Script(home, on_critical="shrink")

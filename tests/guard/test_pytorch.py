@@ -135,6 +135,29 @@ def test_a_new_file_replaces_the_old_one_and_its_sum(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "a.pth.xxh128"]
 
 
+def test_a_disk_that_gives_back_other_bytes_is_not_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_file_hash", lambda path: "0" * 32)
+
+    with pytest.raises(CheckpointUnusable, match="reads back other bytes"):
+        save(trained(), tmp_path / "a.pth")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_before_the_new_sum_leaves_a_file_that_is_accepted(tmp_path, monkeypatch):
+    """The old sum is gone before the new file takes the name: it must not condemn it."""
+    path = tmp_path / "a.pth"
+    save(trained(seed=1), path)
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.atomic, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save(trained(seed=2), path)
+
+    assert equal(files.load(path)["model_state_dict"], dict(trained(seed=2)["model"].state_dict()))
+
+
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "space", lambda folder: type("Room", (), {"free": 10})())
 
