@@ -14,9 +14,10 @@ from benchmarks.figures import Figure
 
 TITLE = "Memory guard"
 NOTES = """\
-Races run under a real memory limit of 1.5 GB with 82 MB of training state in a plain script; twenty of each are in
-`make soak`. They need root and a memory control group, and are left out elsewhere. A detection is timed from the first look of the
-allocating process itself, after every 4 MB, that finds the threshold crossed.
+Races run under a real memory limit of 1.5 GB with 82 MB of training state in a plain script; twenty of each, and of a
+leak in one of two Ray workers, are in `make soak`. They need root and a memory control group, and are left out
+elsewhere. A detection is timed from the first look of the allocating process itself, after every 4 MB, that finds the
+threshold crossed.
 """
 ROOT = Path(__file__).parents[1]
 MB = 1 << 20
