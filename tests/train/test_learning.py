@@ -38,6 +38,7 @@ def test_responses_of_other_images_stay_at_chance(larger, tmp_path):
     assert abs(last_validation(tmp_path / "run")["val_perf"]) < 0.1
 
 
+@pytest.mark.chaos
 def test_features_of_other_images_stay_at_chance(larger, tmp_path):
     """The other way round: rows of the store are shuffled, ids stay."""
     source = open_store(larger.store)["subj01-train/tiny/1.q"]

@@ -29,7 +29,7 @@ def whole(undisturbed, run_ranks):
     return undisturbed.out
 
 
-@pytest.mark.parametrize("step", [0, 1, 4, 5, 7, 10])
+@pytest.mark.parametrize("step", [0, 4, 5, 10])
 def test_resumed_at_any_step_weights_are_bit_equal(
     small, tmp_path, run_ranks, stop_at, whole, final_state, losses, step
 ):
