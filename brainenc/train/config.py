@@ -164,9 +164,16 @@ class TrainConfig:
         values["encoder"] = EncoderConfig(**values.get("encoder", {}))
         return cls(**values)
 
+    def to_public_dict(self) -> dict[str, Any]:
+        """For files and trackers: without the keys that an address may hold."""
+        from brainenc.featurestore.services.redact import redact
+
+        fields = self.to_dict()
+        return {name: redact(value) if isinstance(value, str) else value for name, value in fields.items()}
+
     def to_yaml(self) -> str:
         """As in ``config.yaml``."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.to_public_dict(), sort_keys=False, allow_unicode=True)
 
     @classmethod
     def from_yaml(cls, text: str) -> Self:

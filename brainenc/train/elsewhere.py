@@ -17,8 +17,10 @@ from brainenc.featurestore.places.mount import MountPlace, needs_staging
 from brainenc.featurestore.places.object import ObjectPlace
 from brainenc.featurestore.places.scratch import cache_root
 from brainenc.train.mirror import EVERY_S, RunMirror, Target
+from brainenc.train.run_folder import RunFolder
 
-_ADDRESS = ".elsewhere"
+_addresses: dict[Path, str] = {}
+"""Of this process: local folder -> where its run belongs. Not in a file, because an address may hold keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,14 @@ def is_elsewhere(run: str | Path) -> bool:
     """Whether a run folder's address is one that cannot be worked on in place."""
     path = local_path(str(run))
     return path is None or needs_staging(path)
+
+
+def has_run(run: str | Path) -> bool:
+    """Whether a run was begun there."""
+    if not is_elsewhere(run):
+        return RunFolder(run).config_file.exists()
+    target, folder = _open(run)
+    return RunMirror(target, folder).has_run()
 
 
 @contextlib.contextmanager
@@ -66,8 +76,11 @@ def local_run(
     sent = "handed over, not confirmed" if isinstance(target, MountPlace) else "sent"
     note(f"{target.url} is worked on in {folder}; every {every_s:.0f} s, and after each checkpoint, it is {sent}.")
     with mirror:
-        (folder / _ADDRESS).write_text(str(run))
-        yield folder
+        _addresses[folder] = str(run)
+        try:
+            yield folder
+        finally:
+            del _addresses[folder]
 
 
 def elsewhere(folder: Path) -> Elsewhere | None:
@@ -75,9 +88,8 @@ def elsewhere(folder: Path) -> Elsewhere | None:
 
     Sends what the driver has made so far, which workers on other nodes begin from.
     """
-    try:
-        address = (folder / _ADDRESS).read_text()
-    except FileNotFoundError:
+    address = _addresses.get(folder)
+    if address is None:
         return None
     mirror = RunMirror(_open(address)[0], folder)
     mirror.push()
@@ -153,7 +165,7 @@ def _open(run: str | Path) -> tuple[Target, Path]:
     path = local_path(str(run))
     target: Target = MountPlace.open(path, create=True) if path is not None else ObjectPlace.open(str(run), create=True)
     tag = hashlib.sha256(target.url.encode()).hexdigest()[:12]
-    return target, cache_root() / "runs" / f"{target.url.rstrip('/').rpartition('/')[2]}-{tag}"
+    return target, cache_root().absolute() / "runs" / f"{target.url.rstrip('/').rpartition('/')[2]}-{tag}"
 
 
 def _prepare(mirror: RunMirror, new: bool) -> None:

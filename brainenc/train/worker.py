@@ -201,7 +201,7 @@ def _settings(config: TrainConfig, subject: Subject, samples: Samples, order: Or
     return FitSettings(
         epochs=config.epochs, learning_rate=config.learning_rate, lr_drop=config.lr_drop, lr_gamma=config.lr_gamma,
         log_every=config.log_every, snapshot_every_s=config.snapshot_every_s,
-        checkpoint_every_s=config.checkpoint_every_s, config=config.to_dict(),
+        checkpoint_every_s=config.checkpoint_every_s, config=config.to_public_dict(),
         provenance=provenance(config, subject, samples, order.n_samples),
         scheduler={
             "learning_rate": config.learning_rate, "lr_drop": config.lr_drop, "lr_gamma": config.lr_gamma,
@@ -214,7 +214,7 @@ def _settings(config: TrainConfig, subject: Subject, samples: Samples, order: Or
 def _tracker(config: TrainConfig, folder: RunFolder, team: Team) -> Any:
     if team.rank != 0:
         return None
-    return open_trackers(config.trackers, folder.path, run=folder.next_run(), config=config.to_dict())
+    return open_trackers(config.trackers, folder.path, run=folder.next_run(), config=config.to_public_dict())
 
 
 def _record(fields: Mapping[str, Any], tracker: Any, around: Surroundings) -> None:

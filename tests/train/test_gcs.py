@@ -98,3 +98,9 @@ def test_a_run_that_is_there_is_not_begun_again(small, capsys):
     capsys.readouterr()
     assert brainenc([*options(small, RUN, "--store", "gs://lab/features"), "--epochs", "1"]) == 2
     assert f"brainenc train --resume {RUN}" in capsys.readouterr().err
+
+
+def test_keys_in_an_address_reach_no_file(small):
+    config = small.config("run", store="s3://AKIAEXAMPLE:topsecret@bucket/features")
+    assert "topsecret" not in config.to_yaml() + json.dumps(config.to_public_dict())
+    assert config.to_dict()["store"].startswith("s3://AKIAEXAMPLE:topsecret@"), "workers need them"
