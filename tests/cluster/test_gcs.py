@@ -11,7 +11,7 @@ from brainenc.featurestore import open_store
 from brainenc.featurestore.places.object import ObjectPlace
 from tests.extract.killing import family, finish, kill, start, wait_for
 
-pytestmark = [pytest.mark.chaos]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 STORE, RUN = "gs://lab/features", "gs://lab/runs/first"
 
 

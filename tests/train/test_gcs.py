@@ -93,11 +93,15 @@ def test_no_credential_and_no_local_path_is_needed_to_go_on_elsewhere(small, tmp
 
 
 @pytest.mark.usefixtures("features")
-def test_a_run_that_is_there_is_not_begun_again(small, capsys):
-    assert brainenc([*options(small, RUN, "--store", "gs://lab/features"), "--epochs", "1"]) == 0
+def test_the_same_command_goes_on_with_a_run_in_a_bucket_and_another_one_is_refused(small, machine, capsys):
+    command = [*options(small, RUN, "--store", "gs://lab/features"), "--epochs", "1"]
+    assert brainenc(command) == 0
+    machine("machine-b")
+    assert brainenc([*command[:-1], "2"]) == 0
+    assert json.loads(ObjectPlace(RUN).read("checkpoints/last.json"))["epoch"] == 1
     capsys.readouterr()
-    assert brainenc([*options(small, RUN, "--store", "gs://lab/features"), "--epochs", "1"]) == 2
-    assert f"brainenc train --resume {RUN}" in capsys.readouterr().err
+    assert brainenc([*command, "--seed", "7"]) == 2
+    assert "seed" in capsys.readouterr().err
 
 
 def test_keys_in_an_address_reach_no_file(small):
