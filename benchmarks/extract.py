@@ -50,13 +50,13 @@ def run() -> list[Figure]:
 
 
 def speed(root: Path) -> list[Figure]:
-    """One actor against a bare loop, two actors against two bare loops side by side; small DINOv2 at 434 px."""
-    model, images = _model(root, "small", **_SMALL), _images(root / "photos", 96, 425)
+    """One actor against a bare loop, two actors against two bare loops side by side; DINOv2-B at 434 px."""
+    model, images = _model(root, "base", **_BASE), _linked(root / "some", _images(root / "photos", 96, 425), 48)
     figures = []
     for actors, target in ((1, 0.97), (2, 0.95)):
         before = _bare(model, images, processes=actors)
         ours = _extract(
-            root, images, model, ["11.q"], actors=actors, extra=["--rows-per-shard", "48" if actors == 1 else "24"]
+            root, images, model, ["11.q"], actors=actors, extra=["--rows-per-shard", "24" if actors == 1 else "12"]
         )
         bare = (before + _bare(model, images, processes=actors)) / 2  # around ours: other work comes and goes
         figures.append(
@@ -145,7 +145,7 @@ def memory_in_images(root: Path) -> list[Figure]:
 def memory_in_layers(root: Path) -> list[Figure]:
     """Peak memory of eight features against one, per further feature, in micro-batches of its output."""
     model, images = _model(root, "small", **_SMALL), _images(root / "photos", 96, 425)
-    some = _linked(root / "some", images, 32)
+    some = _linked(root / "thirtytwo", images, 32)
     one = _extract(root, some, model, ["11.token"])["peak"]
     many = _extract(root, some, model, ["4-11.token"])["peak"]
     batch = 8 * 962 * 384 * 4
