@@ -14,12 +14,13 @@ GAUGES = {
     "images_done": "Images done in this run.",
     "shards_sealed": "Shards sealed in this run, over all collections.",
     "retries": "Shards that were given to another worker.",
-    "memory_bytes": "Anonymous and shared memory of the workers.",
+    "memory_bytes": "Anonymous memory of the workers that extract.",
+    "gpu_fraction": "Share of GPU memory in use.",
     "memory_fraction": "Used memory over its limit, of the worker that is worst off.",
     "guard_level": "Memory guard: 0 ok, 1 warn, 2 critical, of the worker that is worst off.",
-    "step_seconds": "Duration of the last training step.",
+    "step_s": "Duration of the last training step.",
     "samples_per_s": "Samples trained on per second, over all workers.",
-    "data_wait_fraction": "Share of the training time spent waiting for data.",
+    "data_wait_share": "Share of the training time spent waiting for data.",
     "loss": "Training loss of the last step.",
     "val_perf": "Validation correlation, mean over vertices and hemispheres.",
 }
@@ -31,7 +32,7 @@ PREFIX = "brainenc_"
 class Gauge(Protocol):
     """What is needed of a gauge; ``ray.util.metrics.Gauge`` is one."""
 
-    def set(self, value: float, tags: dict[str, str] | None = None) -> None: ...
+    def set(self, value: int | float | None, tags: dict[str, str] = ...) -> Any: ...
 
 
 class Gauges:

@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -36,16 +37,8 @@ from brainenc.extract.progress import Meter
 from brainenc.extract.run import Run
 from brainenc.extract.scratch import scratch_folder
 from brainenc.extract.worker import Worker
+from brainenc.metrics import Gauges
 
-_GAUGES = {
-    "images_done": "Images computed by this run",
-    "images_per_s": "Images computed a second, over the last half minute",
-    "shards_sealed": "Shards sealed by this run, counted per collection",
-    "retries": "Workers that died and were replaced",
-    "memory_bytes": "Anonymous memory of the workers",
-    "gpu_fraction": "Share of GPU memory in use",
-}
-"""Fields of the progress that are Ray metrics, too; heard by nobody where Ray runs without its dashboard."""
 TICK_S = 0.5
 """How often the driver looks at the ledger."""
 
@@ -233,7 +226,9 @@ class _Ticker:
     def __init__(self, run: Run, ledger: Any, progress: Callable[[ExtractProgress], None] | None) -> None:
         self._run, self._ledger, self._progress = run, ledger, progress
         self._meter = Meter(run.images_total, run.shards_total)
-        self._gauges = {name: Gauge(f"brainenc_extract_{name}", about) for name, about in _GAUGES.items()}
+        self._gauges = Gauges(
+            lambda name, about, tags: Gauge(name, description=about, tag_keys=tags), run=run.config.store
+        )
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
 
@@ -258,8 +253,7 @@ class _Ticker:
             return
         self._run.ledger = state
         shown = self._meter.read(state, self._run.shards_sealed)
-        for name, gauge in self._gauges.items():
-            gauge.set(getattr(shown, name) or 0)
+        self._gauges.set(asdict(shown))
         if self._progress is not None:
             self._progress(shown)
 

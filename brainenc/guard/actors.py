@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from brainenc.guard.conflicts import Surroundings, conflicts
@@ -31,6 +32,7 @@ from brainenc.guard.office import Office
 from brainenc.guard.policy import Thresholds
 from brainenc.guard.probe import take_reading
 from brainenc.guard.worker import WorkerGuard, WorkerGuardConfig
+from brainenc.metrics import Gauges
 
 log = logging.getLogger(__name__)
 _ANSWER_S = 5.0
@@ -63,6 +65,7 @@ class CoordinatorHandle:
         self._lock = threading.Lock()
         self.restarts = 0
         self._actor = self._make()
+        self._gauges = Gauges(ray_gauge, run=str(run_folder))
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="guard-coordinator", daemon=True)
         self._thread.start()
@@ -103,6 +106,7 @@ class CoordinatorHandle:
         while not self._ending.wait(_LOOK_EVERY_S):
             try:
                 ray.get(self._actor.tick.remote(), timeout=_ANSWER_S)
+                self._gauges.set(ray.get(self._actor.worst.remote(), timeout=_ANSWER_S))
             except RayActorError:
                 if self._ending.is_set():
                     return
@@ -112,6 +116,11 @@ class CoordinatorHandle:
                     self._actor = self._make()
             except (RayError, GetTimeoutError):
                 continue  # busy, or Ray is going down
+
+
+def ray_gauge(name: str, description: str, tag_keys: tuple[str, ...]) -> Gauge:
+    """A gauge on Ray's metrics port."""
+    return Gauge(name, description=description, tag_keys=tag_keys)
 
 
 def _address(name: str, namespace: str) -> CoordinatorAddress:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from brainenc.guard.incident import Incident
 from brainenc.guard.messages import STRENGTH, CheckpointAck, Order, OrderKind, WorkerReport
+from brainenc.guard.policy import RANK
 
 Record = Callable[[dict[str, Any]], None]
 
@@ -118,6 +119,13 @@ class Coordinator:
         if self.open_incident is not None:
             return "collecting"
         return "stopped" if self._final is not None else "watching"
+
+    def worst(self) -> dict[str, float]:
+        """``guard_level`` (0 ok, 1 warn, 2 critical) and ``memory_fraction`` of the worker that is worst off."""
+        there = [known.report for known in self._workers.values() if not known.report.leaving]
+        fractions = [r.numbers["used"] / r.numbers["limit"] for r in there if r.numbers.get("limit")]
+        level = max((RANK[r.level] for r in there), default=0)
+        return {"guard_level": float(level)} | ({"memory_fraction": max(fractions)} if fractions else {})
 
     def status(self, now: float) -> dict[str, Any]:
         """Everything for ``brainenc guard status`` and ``watch``."""

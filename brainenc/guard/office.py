@@ -55,6 +55,11 @@ class Office:
             self._coordinator.tick(self._clock())
             return self._coordinator.state
 
+    def worst(self) -> dict[str, float]:
+        """The state of the worker that is worst off, for metrics."""
+        with self._lock:
+            return self._coordinator.worst()
+
     def status(self) -> dict[str, Any]:
         """What is known of every worker, and all incidents."""
         with self._lock:

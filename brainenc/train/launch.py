@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import signal
@@ -16,8 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from brainenc.errors import BrainencError, TrainingFailed, UsageError
+from brainenc.addresses import init_options, resolve
+from brainenc.errors import BrainencError, TrainingFailed
 from brainenc.guard.messages import EXIT_STOPPED_SAFELY, NullGuard, StepGuard
+from brainenc.metrics import Gauges
 from brainenc.train import orders, prepare
 from brainenc.train.alone import handling_signals, make_drills, train_alone
 from brainenc.train.config import TrainConfig, Workers
@@ -28,9 +29,6 @@ from brainenc.train.orders import FolderOrders, Hearing
 from brainenc.train.ridge_run import ENCODER as RIDGE
 from brainenc.train.ridge_run import run_ridge
 from brainenc.train.run_folder import RunFolder
-
-_OBJECT_STORE_BYTES = 200_000_000
-"""Of a Ray that we start: features never travel through it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +72,7 @@ def train(
     Raises:
         BrainencError: the inputs are not usable; nothing was started.
     """
+    resolve(config.address, command="train")  # refuse what cannot be joined before anything is made
     folder = RunFolder(config.out)
     note, config = note or _ignore, replace(config, id=secrets.token_hex(8))
     views = open_views or StoredViews(config)
@@ -188,21 +187,6 @@ class _Stopper:
             self._coordinator.trip("stop", reason)
 
 
-def ray_address(config: TrainConfig) -> str:
-    """Which Ray to use: ``--address``, else ``RAY_ADDRESS``, else one of our own that ends with the run.
-
-    Raises:
-        UsageError: a Ray client address.
-    """
-    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
-    if address.startswith("ray://"):
-        raise UsageError(
-            f"--address {address}: a Ray client holds neither local paths nor signals. Submit the command to the "
-            "cluster instead: ray job submit -- brainenc train ..."
-        )
-    return address
-
-
 @contextmanager
 def _cluster(config: TrainConfig, workers: Workers) -> Iterator[Any]:
     """Ray, joined or started. One that was running in this process already is used and left alone."""
@@ -215,15 +199,8 @@ def _cluster(config: TrainConfig, workers: Workers) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    address = ray_address(config)
-    own: dict[str, Any] = {}
-    if address == "local":
-        own = {
-            "num_cpus": max(os.cpu_count() or 1, workers.high),
-            "object_store_memory": _OBJECT_STORE_BYTES,
-            "include_dashboard": False,
-        }
-    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **own)
+    address = resolve(config.address, command="train")
+    ray.init(**init_options(address, num_cpus=max(os.cpu_count() or 1, workers.high)))
     try:
         yield ray
     finally:
@@ -238,7 +215,8 @@ def _with_ray(config: TrainConfig, workers: Workers, views: OpenViews, progress:
         trainer = _trainer(config, workers, views, coordinator)
         # ray.init and, in the main thread, fit install handlers that end the run on the spot: ours come after, and fit
         # runs in a thread.
-        with following(folder, progress, note), handling_signals(_Stopper(folder, coordinator).take):
+        shown = _also_metrics(progress, config.out)
+        with following(folder, shown, note), handling_signals(_Stopper(folder, coordinator).take):
             try:
                 result = _in_thread(trainer.fit)
             except WorkerGroupError as error:
@@ -247,6 +225,19 @@ def _with_ray(config: TrainConfig, workers: Workers, views: OpenViews, progress:
     if outcome is None:
         raise TrainingFailed(f"The workers of {config.out} ended without an outcome: {result.error}.")
     return outcome
+
+
+def _also_metrics(progress: Progress, run: str) -> Progress:
+    """Show records as Ray metrics, too; nobody hears them where Ray runs without its dashboard."""
+    from ray.util.metrics import Gauge
+
+    gauges = Gauges(lambda name, about, tags: Gauge(name, description=about, tag_keys=tags), run=run)
+
+    def show(record: Mapping[str, Any]) -> None:
+        gauges.set(record)
+        progress(record)
+
+    return show
 
 
 @contextmanager

@@ -196,7 +196,7 @@ class Fit:
             took = max(time.perf_counter() - began, 1e-9)
             self._hooks.record({
                 "epoch": epoch, "step": self.position.step, "split": "train", "loss": verdict.loss, "lr": rate,
-                "grad_norm": norm, "samples_per_s": verdict.samples / took,
+                "grad_norm": norm, "samples_per_s": verdict.samples / took, "step_s": took,
                 "data_wait_share": min(1.0, verdict.waited / took), "micro_batch": self._stepper.micro_batch,
                 "steps": self._steps_per_epoch * self._settings.epochs,
             })  # fmt: skip

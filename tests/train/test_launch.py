@@ -16,7 +16,7 @@ import pytest
 from brainenc.cli.main import run as brainenc
 from brainenc.errors import ProvenanceMismatch, UsageError
 from brainenc.train.config import TrainConfig, Workers
-from brainenc.train.launch import ray_address, resume, train
+from brainenc.train.launch import resume, train
 from brainenc.train.run_folder import RunFolder
 
 
@@ -165,14 +165,13 @@ def test_a_ray_client_address_is_refused(small, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
 
     with pytest.raises(UsageError, match="ray job submit"):
-        ray_address(small.config(tmp_path / "run"))
+        train(small.config(tmp_path / "run", workers="1"))
+    assert not (tmp_path / "run").exists()
 
 
-def test_without_an_address_ray_is_our_own(small, tmp_path, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-
-    assert ray_address(small.config(tmp_path / "run")) == "local"
+def test_workers_are_a_number_or_a_range():
     assert Workers.parse("1:4") == Workers(low=1, high=4)
+    assert Workers.parse("2") == Workers(low=2, high=2)
 
 
 def test_sigterm_saves_and_exits_75_and_resume_goes_on(small, tmp_path):
