@@ -190,6 +190,9 @@ class Coordinator:
 
     def _adopt(self, order: Order, report: WorkerReport, now: float) -> None:
         """A worker obeys an order of its own, or one of a coordinator that died: it becomes everybody's."""
+        if self._final is not None:  # all are stopping already, this one too as soon as it hears its answer
+            self._done.add(order.id)
+            return
         self._raise(order, now).add_cause(report, now)
 
     def _raise(self, order: Order, now: float) -> Incident:

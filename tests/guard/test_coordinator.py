@@ -360,6 +360,11 @@ def test_every_sequence_of_four_events(first):
         check_story((first, *rest))
 
 
+def test_an_order_from_before_a_restart_does_not_undo_a_stop():
+    """Found by playing all stories of six: the old shrink was adopted after everybody had been told to stop."""
+    check_story(("ok0", "critical0", "restart", "sigterm", "saved1", "ok0"))
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(sorted(EVENTS)), min_size=5, max_size=40))
 def test_long_sequences_of_events(events):
