@@ -18,7 +18,7 @@ STORE, RUN = "gs://lab/features", "gs://lab/runs/first"
 @pytest.fixture
 def subject(tmp_path):
     folder = tmp_path / "subj01"
-    made = ["data", "synth", "--out", str(folder), "--n-train", "64", "--n-test", "8", "--vertices", "24,26"]
+    made = ["data", "synth", "--out", str(folder), "--n-train", "40", "--n-test", "8", "--vertices", "24,26"]
     assert brainenc(made) == 0
     return folder
 
