@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -37,18 +37,19 @@ def command(as_json: bool, resume_run: str | None, **options: Any) -> int:
     """
     given, source = split_source(given_fields(options))
     run = resume_run or given.get("out")
+    if resume_run is not None and "out" in given:
+        raise UsageError(f"--resume {resume_run} goes on in its own folder: leave out --out {given['out']}.")
     begun = resume_run is None and run is not None and _begun(run)
     new = resume_run is None and not begun
     with Progress("train", json_lines=as_json) as progress, _worked_on(run, new, progress) as folder:
         shown = {"progress": _Shown(progress), "note": progress.note}
-        if not as_json:
-            _banner(given, progress.note)
+        banner = (lambda: None) if as_json else (lambda: _banner(given, progress.note))
         if new:
-            result = _start({**given, **folder}, source, shown)
+            result = _start({**given, **folder}, source, shown, banner)
         elif begun:
-            result = _again({**given, **folder}, source, shown)
+            result = _again({**given, **folder}, source, shown, banner)
         else:
-            result = _resume(folder["out"], given, source, shown)
+            result = _resume(folder["out"], given, source, shown, banner)
     if run:
         result = replace(result, run_folder=absolute(run))
     if result.checkpoint and not as_json:
@@ -77,19 +78,21 @@ def _begun(run: str) -> bool:
     return has_run(absolute(run) or run)
 
 
-def _start(given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any]) -> Any:
+def _start(given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any], banner: Callable[[], None]) -> Any:
     from brainenc.train.launch import train
 
     config, views = _asked(given, source)
+    banner()  # not before what was asked for makes sense: an error must not hide below it
     return train(config, open_views=views, **shown)
 
 
-def _again(given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any]) -> Any:
+def _again(given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any], banner: Callable[[], None]) -> Any:
     """The same command again, as a scheduler gives it after a requeue: go on, unless it means another run."""
     from brainenc.train.launch import resume
 
     config, views = _asked(given, source)
     asked = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("id", "split")}
+    banner()
     return resume(config.out, asked, open_views=views, **shown)
 
 
@@ -103,7 +106,9 @@ def _asked(given: dict[str, Any], source: dict[str, Any]) -> tuple[TrainConfig, 
     return replace(config, features=tuple(views.names()), source={**source, "features": list(texts)}), views
 
 
-def _resume(run: str, given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any]) -> Any:
+def _resume(
+    run: str, given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any], banner: Callable[[], None]
+) -> Any:
     from brainenc.train.launch import resume
     from brainenc.train.run_folder import RunFolder
 
@@ -111,6 +116,7 @@ def _resume(run: str, given: dict[str, Any], source: dict[str, Any], shown: dict
         raise UsageError("A resumed run computes features as it did before: leave out --on-the-fly and its options.")
     config = RunFolder(absolute(run)).config()
     views = _views(given.get("subject_dir", config.subject_dir), dict(config.source)) if config.source else None
+    banner()
     return resume(run, given, open_views=views, **shown)
 
 

@@ -160,6 +160,12 @@ def config_from(given: dict[str, Any]) -> Any:
                 f"brainenc train needs {option}. For example: brainenc train --subject-dir data/subj01 --store "
                 "features --feature dinov2-base/11.q --out runs/first; or brainenc train --resume runs/first."
             )
+    for feature in given.get("features", ()):
+        if "/-" in feature:
+            raise UsageError(
+                f"--feature {feature}: a store's keys hold the layer's number, as in dinov2-base/11.q, not its place "
+                "from the end. `brainenc store ls` shows them."
+            )
     encoder = EncoderConfig(**{name: given[name] for name in _OF_THE_ENCODER if name in given})
     rest = {name: value for name, value in given.items() if name not in _OF_THE_ENCODER}
     return TrainConfig(**rest, encoder=encoder)

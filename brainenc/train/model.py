@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from brainenc.datasets.rois import RoiQueries
-from brainenc.errors import UnknownName, UsageError
+from brainenc.errors import UsageError
 from brainenc.train.encoders.base import ENCODERS, BrainEncoder, EncoderConfig
 from brainenc.train.encoders.custom_transformer import CustomTransformerEncoder
 from brainenc.train.encoders.linear import LinearEncoder
@@ -30,7 +30,6 @@ def build_encoder(config: EncoderConfig, queries: RoiQueries, *, channels: int, 
         grid: (H, W) of the features.
 
     Raises:
-        UnknownName: no such encoder.
         UsageError: encoder and readout, or widths and heads, do not go together.
     """
     if config.encoder == "ridge":
@@ -38,8 +37,6 @@ def build_encoder(config: EncoderConfig, queries: RoiQueries, *, channels: int, 
             "A ridge run keeps predictions, penalties and scores, not weights: its validation scores are in "
             "scores.json and its predictions in predictions/. Ridge is fitted by `brainenc train --encoder ridge`."
         )
-    if config.encoder not in _CLASSES:
-        raise UnknownName("encoder", config.encoder, ENCODERS)
     if config.readout != queries.readout:
         raise UsageError(
             f"The encoder is configured for the readout {config.readout!r}, the queries are {queries.readout!r}."

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from brainenc.datasets.rois import HEMISPHERES, RoiQueries
-from brainenc.errors import UsageError
+from brainenc.errors import UnknownName, UsageError
 from brainenc.train.readout import QueryReadout, build_readout, read_own_rows
 
 ENCODERS = ("transformer", "custom_transformer", "spatial_feature", "linear")
@@ -29,7 +29,7 @@ class EncoderConfig:
     """The shape of an encoder; the defaults are the published ones."""
 
     encoder: str = "transformer"
-    """One of `ENCODERS`."""
+    """One of `ENCODERS`, or ``ridge``, which is solved and not trained."""
     readout: str = "rois_all"
     """One of ``brainenc.datasets.rois.READOUTS``."""
     hidden: int | None = None
@@ -46,6 +46,8 @@ class EncoderConfig:
     """Longest wavelength of the sine position, in 2 pi."""
 
     def __post_init__(self) -> None:
+        if self.encoder not in (*ENCODERS, "ridge"):
+            raise UnknownName("encoder", self.encoder, (*ENCODERS, "ridge"))
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, found {self.dropout}.")
         for name in ("n_heads", "n_decoder_layers", "feedforward"):
