@@ -35,3 +35,22 @@ def test_a_command_that_means_another_run_is_refused_with_the_difference(command
 
     assert brainenc([*command, "--epochs", "1", "--lr", "0.1"]) == 2
     assert "learning_rate: 0.0005 in the run, 0.1 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        (["--encoder", "transfomer"], "There is: transformer, custom_transformer, spatial_feature, linear, ridge"),
+        (["--feature", "tiny/-1.q"], "the layer's number"),
+    ],
+)
+def test_what_is_misspelled_leaves_no_run_behind(command, capsys, tmp_path, extra, told):
+    assert brainenc([*command, *extra]) == 2
+
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_where_it_is(command, capsys, tmp_path):
+    assert brainenc(["train", "--resume", str(tmp_path / "run"), "--out", str(tmp_path / "other")]) == 2
+    assert "leave out --out" in capsys.readouterr().err
