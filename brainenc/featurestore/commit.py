@@ -7,6 +7,7 @@ bytes, or takes the next number on top of what he finds.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from brainenc.errors import CorruptData, StoreError
 from brainenc.featurestore import layout
 from brainenc.featurestore.places.base import Place
-from brainenc.featurestore.schema import Manifest
+from brainenc.featurestore.schema import CollectionSpec, Manifest
 
 log = logging.getLogger(__name__)
 _TRIES = 1000  # numbers lost to other drivers before something must be wrong
@@ -42,14 +43,35 @@ def numbers(place: Place, key: str) -> list[int]:
 
 
 def read(place: Place, key: str, number: int) -> Manifest:
-    """One manifest.
+    """One manifest. One of another collection, whole in itself, is as broken as a torn one: who trusted it would take
+    every shard here for a stranger's.
 
     Raises:
         FileNotFoundError: no such number.
-        CorruptData: torn or flipped.
+        CorruptData: torn or flipped, or it says something else of the collection than the first manifest.
     """
+    manifest = _by_itself(place, key, number)
+    if number != 1 and manifest.spec != _fixed(place, key):
+        raise CorruptData(
+            f"{place.url}/{layout.manifest_file(key, number)} is the manifest of another collection: what it says of "
+            "identity, rows or shards is not what the first manifest fixed. `brainenc store repair` removes it."
+        )
+    return manifest
+
+
+def _by_itself(place: Place, key: str, number: int) -> Manifest:
     name = layout.manifest_file(key, number)
     return Manifest.from_bytes(place.read(name), f"{place.url}/{name}")
+
+
+def _fixed(place: Place, key: str) -> CollectionSpec | None:
+    """What the first manifest fixed; where it is broken or gone, the lowest whole one speaks for it."""
+    with contextlib.suppress(FileNotFoundError, CorruptData):
+        return _by_itself(place, key, 1).spec
+    for number in numbers(place, key):
+        with contextlib.suppress(FileNotFoundError, CorruptData):
+            return _by_itself(place, key, number).spec
+    return None
 
 
 def latest(place: Place, key: str) -> Commit | None:

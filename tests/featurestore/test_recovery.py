@@ -179,6 +179,41 @@ def test_verify_reads_the_disk_and_not_the_memory_of_it(tmp_path, monkeypatch):
     assert advised.count(os.POSIX_FADV_DONTNEED) == 5
 
 
+class TestManifestOfAnotherCollection:
+    @pytest.fixture(params=["another collection", "other shards"])
+    def strange(self, tmp_path, request):
+        """A whole store, with a whole manifest that is not its own as the newest."""
+        store = whole(tmp_path / "store")
+        more = {"identity": {"layer": 9}} if request.param == "another collection" else {"rows_per_shard": 4}
+        other = make_collection(tmp_path / "other", **more)
+        fill(other, values(23, seed=5))
+        other.commit()
+        newest = tmp_path / "other" / KEY / "manifest-000002.json"
+        (tmp_path / "store" / KEY / "manifest-000003.json").write_bytes(newest.read_bytes())
+        return store
+
+    def test_readers_and_drivers_pass_it_over(self, strange, caplog):
+        np.testing.assert_array_equal(strange[KEY][:], values(23))
+        assert "manifest-000003.json is the manifest of another collection" in caplog.text
+        assert strange.collection(KEY).sealed() == frozenset(range(5))
+        assert len(strange.collection(KEY).commit().shards) == 5
+
+    def test_repair_removes_it_and_nothing_else(self, strange):
+        before = tree(strange.place.root)
+        findings = verify(strange, [KEY]).findings
+        assert [(f.shard, f.cure) for f in findings] == [(None, "manifest")]
+        assert "manifest-000003" in findings[0].problem
+        assert repair(strange, findings) == []
+        del before[f"{KEY}/manifest-000003.json"]
+        assert tree(strange.place.root) == before
+
+    def test_it_does_not_speak_for_a_first_manifest_that_is_torn(self, strange):
+        os.truncate(strange.place.root / KEY / "manifest-000001.json", 40)
+        repair(strange, verify(strange, [KEY]).findings)
+        assert verify(strange, [KEY]).whole
+        np.testing.assert_array_equal(strange[KEY][:], values(23))
+
+
 class TestGc:
     def test_partials_of_the_living_stay_those_of_the_dead_go(self, tmp_path):
         store = whole(tmp_path)
