@@ -127,10 +127,12 @@ class Collection:
 
         Raises:
             FileNotFoundError: it has none.
-            CorruptData: it is torn or flipped.
+            CorruptData: it is torn or flipped, or that of another shard or collection.
         """
         name = layout.receipt_file(self.key, shard)
-        return Receipt.from_bytes(self.place.read(name), f"{self.place.url}/{name}")
+        receipt = Receipt.from_bytes(self.place.read(name), f"{self.place.url}/{name}")
+        receipt.note.check(self.spec, shard, f"{self.place.url}/{name}")
+        return receipt
 
     def shard_writer(self, shard: int, *, environment: Mapping[str, Any] | None = None) -> ShardWriter:
         """A writer of one shard.
@@ -270,7 +272,7 @@ class Collection:
         receipts, shards = set[int](), set[int]()
         for entry in self.place.list(layout.shard_prefix(self.key)):
             shard, suffix = layout.shard_number(entry.name) or (-1, "")
-            if 0 <= shard < self.n_shards:
+            if 0 <= shard < self.n_shards and entry.name == layout.shard_file(self.key, shard, suffix):
                 (receipts if suffix == "json" else shards if suffix == self._format.suffix else set()).add(shard)
         return frozenset(receipts), frozenset(shards)
 
@@ -285,7 +287,7 @@ class Collection:
         for _ in range(2):
             if self.place.publish(partial, self._shard_file(receipt.shard)):
                 return self._write_receipt(receipt)
-            if (theirs := self._receipt_or_none(receipt.shard) or self.adopt(receipt.shard)) is not None:
+            if (theirs := self._receipt_mended(receipt.shard) or self.adopt(receipt.shard)) is not None:
                 return theirs
         raise CorruptData(
             f"{self.place.url}/{self._shard_file(receipt.shard)} is not whole and came back when removed."
@@ -293,7 +295,14 @@ class Collection:
 
     def _write_receipt(self, receipt: Receipt) -> Receipt:
         name = layout.receipt_file(self.key, receipt.shard)
-        return receipt if self.place.create(name, receipt.to_bytes()) else self.receipt(receipt.shard)
+        if self.place.create(name, receipt.to_bytes()):
+            return receipt
+        try:
+            return self.receipt(receipt.shard)
+        except CorruptData as error:  # ours follows from the shard's bytes, what is in its way does not
+            log.warning("replacing a receipt: %s", error)
+            self.place.delete(name)
+            return receipt if self.place.create(name, receipt.to_bytes()) else self.receipt(receipt.shard)
 
     def _receipt_or_none(self, shard: int) -> Receipt | None:
         try:

@@ -32,14 +32,18 @@ class Commit:
 def numbers(place: Place, key: str) -> list[int]:
     """Numbers of all manifests of a collection, ascending, whole or not."""
     if place.can.fresh_listing:
-        found = (layout.manifest_number(entry.name) for entry in place.list(layout.manifest_prefix(key)))
-        return sorted(number for number in found if number is not None)
-    listed = [n for e in place.list(layout.manifest_prefix(key)) if (n := layout.manifest_number(e.name))]
+        return sorted(_listed(place, key))
+    listed = _listed(place, key)
     number = max(listed, default=0) + 1
     while place.size(layout.manifest_file(key, number)) is not None:  # newer than the listing
         listed.append(number)
         number += 1
     return sorted(listed)
+
+
+def _listed(place: Place, key: str) -> list[int]:
+    found = ((entry.name, layout.manifest_number(entry.name)) for entry in place.list(layout.manifest_prefix(key)))
+    return [number for name, number in found if number and name == layout.manifest_file(key, number)]
 
 
 def read(place: Place, key: str, number: int) -> Manifest:

@@ -93,11 +93,11 @@ def inspect(file: Bytes, form: ShardFormat, spec: CollectionSpec, shard: int) ->
     """
     noted = _end(file, form)
     note = _note(noted, file.where)
-    if (note.collection, note.shard) != (spec.checksum, shard):
-        raise CorruptData(f"{file.where} is not shard {shard} of this collection, but shard {note.shard} of "
-                          f"{'this' if note.collection == spec.checksum else 'another'} one.")  # fmt: skip
+    note.check(spec, shard, file.where)
     shape = spec.shard(shard)
     end = note.data_offset + shape.data_bytes
+    if end > file.size:
+        raise CorruptData(f"{file.where} is torn: its rows end at byte {end}, it has {file.size}.")
     head, tail = file.read(0, note.data_offset), file.read(end, file.size)
     whole, blocks = xxhash.xxh3_128(head), BlockHasher(note.block_rows * shape.row_bytes)
     for piece in file.pieces(note.data_offset, end):

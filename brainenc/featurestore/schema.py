@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from brainenc.errors import UsageError
+from brainenc.errors import CorruptData, UsageError
 from brainenc.featurestore.checksums import digest
 from brainenc.featurestore.documents import Json, canonical, read_document, write_document
 from brainenc.featurestore.formats.base import ShardSpec
@@ -107,6 +107,19 @@ class Note:
     """Library versions, device, batch size: recorded, never compared."""
     frame: str = "0" * 32
     """Checksum of head and tail with this field zero."""
+
+    def check(self, spec: CollectionSpec, shard: int, where: str) -> None:
+        """Whether this is the note of this shard of this collection.
+
+        Raises:
+            CorruptData: of another one, or it speaks of rows that the shard has not.
+        """
+        if (self.collection, self.shard) != (spec.checksum, shard):
+            raise CorruptData(f"{where} is not shard {shard} of this collection, but shard {self.shard} of "
+                              f"{'this' if self.collection == spec.checksum else 'another'} one.")  # fmt: skip
+        rows = spec.rows(shard)
+        if self.rows != len(rows) or not all(row in rows for row in self.missing):
+            raise CorruptData(f"{where} speaks of rows that shard {shard} has not: it has {rows.start} to {rows.stop}.")
 
     def to_json(self) -> Json:
         """Plain values."""
@@ -243,7 +256,21 @@ class Manifest:
         """
         fields = read_document("manifest", data, where)
         shards = tuple(ShardEntry.from_json(values) for values in fields["shards"])
-        return cls(spec=CollectionSpec.from_json(fields), shards=shards)
+        manifest = cls(spec=CollectionSpec.from_json(fields), shards=shards)
+        manifest._check(where)
+        return manifest
+
+    def _check(self, where: str) -> None:
+        """Each shard once and in order, with the rows that it must have."""
+        before, row_bytes = -1, self.spec.shard(0).row_bytes
+        for entry in self.shards:
+            if not before < entry.shard < self.spec.n_shards:
+                raise CorruptData(f"{where} names shard {entry.shard} after shard {before}, of {self.spec.n_shards}.")
+            rows, data = self.spec.rows(entry.shard), entry.data_offset + entry.rows * row_bytes
+            fits = entry.data_offset >= 0 and data <= entry.bytes and all(row in rows for row in entry.missing)
+            if entry.rows != len(rows) or not fits:
+                raise CorruptData(f"{where} says of shard {entry.shard} what cannot be: {entry}.")
+            before = entry.shard
 
 
 def differences(stored: CollectionSpec, wanted: CollectionSpec) -> dict[str, tuple[Any, Any]]:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from brainenc.errors import CorruptData, ShardSealed, StoreError, UsageError, ValueNotStorable
 from brainenc.featurestore import commit, open_store
 from brainenc.featurestore.dtypes import logical_dtype, to_storage
+from brainenc.featurestore.schema import Manifest
 from tests.featurestore.making import KEY, fill, make_collection, tree, values
 
 
@@ -355,3 +357,68 @@ def test_a_collection_pickles_as_its_address(tmp_path):
     again = pickle.loads(pickle.dumps(collection))
     fill(again, values(23))
     assert collection.sealed() == frozenset(range(5))
+
+
+class TestStrangeReceipts:
+    """Whole in themselves, but of another shard or another collection."""
+
+    @pytest.fixture(params=["another shard's", "another collection's"])
+    def swapped(self, tmp_path, request):
+        """A sealed, uncommitted collection with a wrong receipt in place of shard 1's."""
+        collection = make_collection(tmp_path / "store")
+        fill(collection, values(23))
+        other = make_collection(tmp_path / "other", identity={"layer": 7})
+        fill(other, values(23, seed=3))
+        folder, shard = ("store", 2) if request.param == "another shard's" else ("other", 1)
+        wrong = (tmp_path / folder / KEY / f"shard-{shard:05d}.json").read_bytes()
+        (tmp_path / "store" / KEY / "shard-00001.json").write_bytes(wrong)
+        return collection
+
+    def test_are_not_read(self, swapped):
+        with pytest.raises(CorruptData, match=r"shard-00001\.json is not shard 1 of this collection"):
+            swapped.receipt(1)
+
+    def test_are_made_again_from_their_shards_before_a_commit(self, swapped):
+        manifest = swapped.commit()
+        assert [entry.shard for entry in manifest.shards] == [0, 1, 2, 3, 4]
+        assert swapped.receipt(1) == swapped.inspect(1)
+        np.testing.assert_array_equal(swapped.view()[:], values(23))
+
+    def test_are_not_committed_without_a_shard(self, swapped):
+        os.unlink(swapped.place.root / KEY / "shard-00001.arrow")
+        assert [entry.shard for entry in swapped.commit().shards] == [0, 2, 3, 4]
+        assert swapped.sealed() == {0, 2, 3, 4}
+
+    def test_give_way_to_the_writer_of_the_shard(self, swapped):
+        (swapped.place.root / KEY / "shard-00001.arrow").unlink()
+        wrong = (swapped.place.root / KEY / "shard-00001.json").read_bytes()
+        (swapped.place.root / KEY / "shard-00001.json").unlink()
+        with swapped.shard_writer(1) as writer:
+            (swapped.place.root / KEY / "shard-00001.json").write_bytes(wrong)
+            writer.append(values(23)[5:10])
+            assert writer.seal() == swapped.inspect(1) == swapped.receipt(1)
+
+
+@pytest.mark.parametrize("change", [
+    lambda entries: [*entries, entries[-1]],
+    lambda entries: entries[::-1],
+    lambda entries: [*entries, replace(entries[-1], shard=5)],
+    lambda entries: [replace(entries[0], rows=4), *entries[1:]],
+    lambda entries: [replace(entries[0], missing=(5,)), *entries[1:]],
+    lambda entries: [replace(entries[0], data_offset=-64), *entries[1:]],
+    lambda entries: [replace(entries[0], data_offset=10**9), *entries[1:]],
+], ids=["twice", "out of order", "out of range", "rows", "missing", "negative offset", "offset"])  # fmt: skip
+def test_a_manifest_whose_shards_cannot_be_is_corrupt(tmp_path, change):
+    collection = make_collection(tmp_path)
+    fill(collection, values(23))
+    good = collection.commit()
+    bad = Manifest(spec=good.spec, shards=tuple(change(list(good.shards))))
+    with pytest.raises(CorruptData, match="where"):
+        Manifest.from_bytes(bad.to_bytes(), "where")
+
+
+def test_a_receipt_under_an_odd_name_counts_for_nothing(tmp_path):
+    collection = make_collection(tmp_path)
+    fill(collection, values(23), shards=[0])
+    os.rename(tmp_path / KEY / "shard-00000.json", tmp_path / KEY / "shard-000000.json")
+    assert collection.found() == (frozenset(), frozenset({0}))
