@@ -14,7 +14,7 @@ from conftest import add_node, run, start
 
 from brainenc.featurestore.store import open_store
 
-pytestmark = [pytest.mark.ray]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 
 def command(pictures: Path, store: Path, backbone: str) -> list[object]:
@@ -40,7 +40,6 @@ def test_two_nodes_write_the_bytes_that_one_machine_writes(cluster, pictures, mi
     assert len(shards(tmp_path / "spread")) == 2 * 2 * 15
 
 
-@pytest.mark.chaos
 def test_a_lost_node_loses_nothing(cluster, pictures, miniature, tmp_path):
     """Its shards are done by others, none twice in the store, and the command ends well."""
     run(*command(pictures, tmp_path / "alone", miniature), RAY_ADDRESS="")
