@@ -35,7 +35,7 @@ class Finding:
     """None: not about a shard."""
     problem: str
     cure: str
-    """What :func:`repair` does: ``"drop"`` the shard, write its ``"receipt"`` again, ``"commit"`` again, drop a broken
+    """What :func:`repair` does: ``"drop"`` the shard, write its ``"receipt"`` again, ``"commit"`` it, drop a broken
     ``"manifest"``, or ``""``: nothing can be done."""
 
 
@@ -215,12 +215,17 @@ def _check_shard(collection: Collection, entries: Mapping[int, ShardEntry], shar
         return found(str(error), "drop"), collection.place.size(collection.shard_name(shard)) or 0
     try:
         problem = "" if collection.receipt(shard) == actual else f"the receipt of {name} speaks of other bytes"
+        uncommitted = not problem and entry is None
     except FileNotFoundError:
         problem = f"the receipt of {name} is gone" if entry else ""  # without an entry: a writer's death, adopted later
+        uncommitted = False
     except CorruptData as error:
-        problem = str(error)
+        problem, uncommitted = str(error), False
     if problem:
         return found(problem, "receipt"), actual.bytes
+    if uncommitted:
+        advice = "sealed but not committed: run `brainenc store repair` or the same extraction again"
+        return found(f"{name} is {advice}; until then readers miss its rows", "commit"), actual.bytes
     if entry is not None and entry != ShardEntry.of(actual):
         return found(f"{name} is whole, but not the one that the manifest names", "commit"), actual.bytes
     return None, actual.bytes
@@ -231,13 +236,16 @@ def _repair(store: FeatureStore, key: str, findings: Sequence[Finding]) -> None:
     if collection is None:  # no whole manifest: the next extraction creates it again and takes over the shards
         _drop_broken_manifests(store, key)
         return
-    collection.drop(f.shard for f in findings if f.shard is not None and f.cure == "drop")
-    again = [f.shard for f in findings if f.shard is not None and f.cure in ("receipt", "commit")]
-    if again:
-        collection.recommit(again)
     if broken:
         _drop_broken_manifests(store, key)
         store.place.create(layout.manifest_file(key, 1), Manifest(spec=collection.spec).to_bytes())
+    collection.drop(f.shard for f in findings if f.shard is not None and f.cure == "drop")
+    listed = {entry.shard for entry in collection.manifest().shards}
+    again = {f.shard for f in findings if f.shard is not None and f.cure == "receipt"}
+    again |= {f.shard for f in findings if f.shard in listed and f.cure == "commit"}
+    if again:
+        collection.recommit(again)
+    collection.commit()  # what the broken manifests had, and what was sealed since
 
 
 def _drop_broken_manifests(store: FeatureStore, key: str) -> None:

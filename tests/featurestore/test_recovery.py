@@ -75,8 +75,9 @@ def test_a_bit_flipped_anywhere_in_a_document_is_found(one, where, bit, name):
     flip(path, position, bit)
     try:
         findings = verify(one, [KEY]).findings
-        assert len(findings) == 1
         assert findings[0].cure == ("receipt" if "shard" in name else "manifest")
+        uncommitted = [(shard, "commit") for shard in range(5)] if name == "manifest-000002.json" else []
+        assert [(f.shard, f.cure) for f in findings[1:]] == uncommitted
     finally:
         flip(path, position, bit)
 
@@ -212,6 +213,36 @@ class TestManifestOfAnotherCollection:
         repair(strange, verify(strange, [KEY]).findings)
         assert verify(strange, [KEY]).whole
         np.testing.assert_array_equal(strange[KEY][:], values(23))
+
+
+NEWEST_LOST = {
+    "flipped": lambda d: flip(d / "manifest-000003.json", 100),
+    "deleted": lambda d: (d / "manifest-000003.json").unlink(),
+    "an old one above it": lambda d: (d / "manifest-000004.json").write_bytes(
+        (d / "manifest-000002.json").read_bytes()
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", NEWEST_LOST)
+def test_what_only_the_lost_newest_manifest_listed_is_named_and_comes_back(tmp_path, damage):
+    collection, rows = make_collection(tmp_path), values(23)
+    for shards in ([0, 1], [2, 3, 4]):
+        fill(collection, rows, shards=shards)
+        collection.commit()
+    papers = {n: d for n, d in tree(tmp_path).items() if "shard" in n}
+    NEWEST_LOST[damage](tmp_path / KEY)
+    store = open_store(tmp_path)
+    assert store[KEY].present.sum() == 10
+
+    findings = verify(store, [KEY]).findings
+    lost = [f for f in findings if f.shard is not None]
+    assert [(f.shard, f.cure) for f in lost] == [(2, "commit"), (3, "commit"), (4, "commit")]
+    assert all(f"shard-0000{f.shard}.arrow is sealed but not committed" in f.problem for f in lost)
+    assert repair(store, findings) == []
+    assert verify(store, [KEY]).whole
+    np.testing.assert_array_equal(store[KEY][:], rows)
+    assert {n: d for n, d in tree(tmp_path).items() if "shard" in n} == papers
 
 
 class TestGc:
