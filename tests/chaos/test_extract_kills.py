@@ -17,6 +17,7 @@ from tests.extract.killing import family, finish, kill, receipts, start, wait_fo
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(1500)]
 MB = 10**6
+STORES = int(os.environ.get("BRAINENC_CHAOS_STORES", "15"))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_thirty_random_kills_end_byte_equal_and_no_sealed_shard_is_computed_twic
     seed = int(os.environ.get("BRAINENC_CHAOS_SEED", time.time_ns() % 10**6))
     print(f"seed {seed}")
     chance = random.Random(seed)
-    for n in range(15):  # two kills each: one of everything, one of a worker or the driver alone
+    for n in range(STORES):  # two kills each: one of everything, one of a worker or the driver alone
         store, sealed = tmp_path / f"store{n}", {}
         for victims_of in (family, chance.choice([workers, lambda run: family(run)[:1]])):
             log = tmp_path / f"log{n}"
@@ -86,7 +87,7 @@ def test_a_full_disk_is_told_and_after_space_is_made_the_same_command_finishes(t
     command, reference = work
     mount = tmp_path / "small"
     mount.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", str(mount)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", str(mount)], check=True)
     try:
         ballast = mount / "ballast"
         run = start(command(mount / "s"), log=tmp_path / "log")
