@@ -18,7 +18,7 @@ import xxhash
 
 from brainenc.errors import CorruptData
 from brainenc.featurestore.checksums import BlockHasher, digest
-from brainenc.featurestore.documents import canonical
+from brainenc.featurestore.documents import UNREADABLE, canonical
 from brainenc.featurestore.formats.base import ShardFormat
 from brainenc.featurestore.places.base import Place
 from brainenc.featurestore.schema import CollectionSpec, Note, Receipt
@@ -129,14 +129,14 @@ def _end(file: Bytes, form: ShardFormat) -> bytes:
     try:
         length = form.tail_bytes(file.read(max(file.size - 64, 0), file.size))
         return form.note(file.read(max(file.size - length, 0), file.size))
-    except (ValueError, IndexError, struct.error) as error:
+    except (*UNREADABLE, struct.error) as error:
         raise CorruptData(f"{file.where} is torn or was changed: {error}.") from error
 
 
 def _note(data: bytes, where: str) -> Note:
     try:
         return Note.from_json(json.loads(data))
-    except (ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise CorruptData(f"{where} is torn or was changed: its note cannot be read ({error}).") from error
 
 

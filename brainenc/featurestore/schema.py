@@ -8,8 +8,21 @@ from typing import Any
 
 from brainenc.errors import CorruptData, UsageError
 from brainenc.featurestore.checksums import digest
-from brainenc.featurestore.documents import Json, canonical, read_document, write_document
+from brainenc.featurestore.documents import (
+    Json,
+    canonical,
+    numbers,
+    read_document,
+    reading,
+    texts,
+    typed,
+    whole_number,
+    write_document,
+)
+from brainenc.featurestore.formats import shard_format
 from brainenc.featurestore.formats.base import ShardSpec
+
+_ROWS, _BYTES = 2**31, 2**60  # more than any store has
 
 Raw = bytes  # for the classes that have a field called bytes
 
@@ -83,8 +96,15 @@ class CollectionSpec:
     @classmethod
     def from_json(cls, fields: Json) -> CollectionSpec:
         """The inverse of :meth:`to_json`; fields that a later version added are ignored."""
-        known = {name: fields[name] for name in cls.__dataclass_fields__}
-        return cls(**{**known, "row_shape": tuple(fields["row_shape"])})
+        known = typed(fields, {"identity": dict, "details": dict, "dtype": str, "format": str, "stimuli": str,
+                               "stimuli_checksum": str, "allow_64bit": bool})  # fmt: skip
+        spec = cls(
+            **known, row_shape=numbers(fields["row_shape"], _ROWS), n_rows=whole_number(fields["n_rows"], _ROWS),
+            rows_per_shard=whole_number(fields["rows_per_shard"], _BYTES, 1),
+        )  # fmt: skip
+        shard_format(spec.format)
+        whole_number(spec.shard(0).row_bytes * max(spec.n_rows, 1), _BYTES)
+        return spec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,10 +153,16 @@ class Note:
     @classmethod
     def from_json(cls, fields: Json) -> Note:
         """The inverse of :meth:`to_json`."""
-        known = {name: fields[name] for name in cls.__dataclass_fields__}
-        tuples = {name: tuple(known[name]) for name in ("blocks", "missing")}
-        hashes = known["content_hashes"]
-        return cls(**{**known, **tuples, "content_hashes": None if hashes is None else tuple(hashes)})
+        hashes = fields["content_hashes"]
+        known = typed(fields, {"collection": str, "environment": dict, "frame": str})
+        if len(known["frame"]) != 32:
+            raise ValueError("the checksum of its frame is none")
+        return cls(
+            **known, shard=whole_number(fields["shard"], _ROWS), rows=whole_number(fields["rows"], _ROWS),
+            data_offset=whole_number(fields["data_offset"], _BYTES),
+            block_rows=whole_number(fields["block_rows"], _BYTES, 1), blocks=texts(fields["blocks"]),
+            missing=numbers(fields["missing"], _ROWS), content_hashes=None if hashes is None else texts(hashes),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +222,9 @@ class Receipt:
             CorruptData: torn or flipped.
         """
         fields = read_document("receipt", data, where)
-        return cls(note=Note.from_json(fields), bytes=fields["bytes"], checksum=fields["file"])
+        with reading("receipt", where):
+            checksum = typed(fields, {"file": str})["file"]
+            return cls(note=Note.from_json(fields), bytes=whole_number(fields["bytes"], _BYTES), checksum=checksum)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,8 +251,12 @@ class ShardEntry:
     @classmethod
     def from_json(cls, values: Sequence[Any]) -> ShardEntry:
         """The inverse of :meth:`to_json`."""
-        shard, rows, size, offset, checksum, missing = values
-        return cls(shard=shard, rows=rows, bytes=size, data_offset=offset, checksum=checksum, missing=tuple(missing))
+        *counts, checksum, missing = values
+        shard, rows, size, offset = numbers(counts, _BYTES)
+        if type(checksum) is not str:
+            raise ValueError(f"{checksum!r:.60} is no checksum")
+        return cls(shard=shard, rows=rows, bytes=size, data_offset=offset, checksum=checksum,
+                   missing=numbers(missing, _ROWS))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,9 +287,10 @@ class Manifest:
             CorruptData: torn or flipped.
         """
         fields = read_document("manifest", data, where)
-        shards = tuple(ShardEntry.from_json(values) for values in fields["shards"])
-        manifest = cls(spec=CollectionSpec.from_json(fields), shards=shards)
-        manifest._check(where)
+        with reading("manifest", where):
+            shards = tuple(ShardEntry.from_json(values) for values in fields["shards"])
+            manifest = cls(spec=CollectionSpec.from_json(fields), shards=shards)
+            manifest._check(where)
         return manifest
 
     def _check(self, where: str) -> None:
@@ -267,7 +300,7 @@ class Manifest:
             if not before < entry.shard < self.spec.n_shards:
                 raise CorruptData(f"{where} names shard {entry.shard} after shard {before}, of {self.spec.n_shards}.")
             rows, data = self.spec.rows(entry.shard), entry.data_offset + entry.rows * row_bytes
-            fits = entry.data_offset >= 0 and data <= entry.bytes and all(row in rows for row in entry.missing)
+            fits = data <= entry.bytes and all(row in rows for row in entry.missing)
             if entry.rows != len(rows) or not fits:
                 raise CorruptData(f"{where} says of shard {entry.shard} what cannot be: {entry}.")
             before = entry.shard

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from brainenc.errors import CorruptData, DataError
 from brainenc.featurestore.checksums import digest
-from brainenc.featurestore.documents import canonical
+from brainenc.featurestore.documents import UNREADABLE, canonical
 from brainenc.featurestore.layout import check_stimuli_name
 
 _SCHEMA = pa.schema([("id", pa.string()), ("uri", pa.string()), ("size", pa.int64()), ("stamp", pa.string())])
@@ -103,9 +103,9 @@ class StimulusSet(Sequence[Stimulus]):
             table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
             columns = [table.column(name).to_pylist() for name in _SCHEMA.names]
             name, checksum = (table.schema.metadata[key].decode() for key in (b"name", b"checksum"))
-        except (pa.ArrowException, KeyError, TypeError, UnicodeDecodeError) as error:
+            stimuli = cls(name, map(Stimulus, *columns))
+        except (pa.ArrowException, OSError, *UNREADABLE) as error:
             raise CorruptData(f"{where} is torn or was changed: {error}.") from error
-        stimuli = cls(name, map(Stimulus, *columns))
         if stimuli.checksum != checksum:
             raise CorruptData(f"{where} was changed: its checksum does not match its rows.")
         return stimuli

@@ -90,10 +90,10 @@ class StoreMachine(RuleBasedStateMachine):
     def repair(self):
         store = open_store(self.folder)
         findings = verify(store).findings
-        assert {f.shard for f in findings} == self.damaged
+        assert {f.shard for f in findings} == self.damaged | (self.sealed - self.committed)
         assert repair(store, findings) == []
         self.sealed -= self.damaged
-        self.committed -= self.damaged
+        self.committed = set(self.sealed)
         self.damaged = set()
 
     @rule()

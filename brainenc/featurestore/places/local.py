@@ -90,7 +90,7 @@ class LocalPlace:
         """Folders directly below."""
         try:
             with os.scandir(self.root / prefix) as entries:
-                return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+                return sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith("."))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -112,15 +112,17 @@ class LocalPlace:
         return self.root / check_name(name)
 
     def _walk(self, prefix: str, *, hidden: bool) -> Iterator[tuple[Path, str]]:
-        """Paths and public names of files below the folder that ``prefix`` points into, in order of names."""
+        """Paths and names of files below the folder ``prefix`` points into, in order of names; no linked folders."""
         folder = prefix.rpartition("/")[0]
         try:
             with os.scandir(self.root / folder) as scan:
-                entries = sorted(scan, key=lambda entry: entry.name + "/" * entry.is_dir())
+                entries = sorted(scan, key=lambda entry: entry.name + "/" * entry.is_dir(follow_symlinks=False))
         except (FileNotFoundError, NotADirectoryError):
             return
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_symlink() and entry.is_dir():
+                continue  # it may lead out of the store, and what tidies up must not
             if entry.is_dir():
                 if not entry.name.startswith(".") and (hidden or name.startswith(prefix)):
                     yield from self._walk(name + "/", hidden=hidden)
