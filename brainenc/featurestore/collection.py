@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,6 +197,8 @@ class Collection:
         """
         fd = os.open(path, os.O_RDONLY)
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise CorruptData(f"{path} is no file: it cannot be shard {shard}.")
             return inspect(LocalBytes(path, fd, from_disk=from_disk), self._format, self.spec, shard)
         finally:
             os.close(fd)

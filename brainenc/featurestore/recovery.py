@@ -97,7 +97,10 @@ def repair(store: FeatureStore, findings: Sequence[Finding], *, progress: Progre
     left = [finding for finding in findings if not finding.cure]
     keys = sorted({finding.key for finding in findings if finding.cure})
     for done, key in enumerate(keys, 1):
-        _repair(store, key, [f for f in findings if f.key == key])
+        try:
+            _repair(store, key, [f for f in findings if f.key == key])
+        except (CorruptData, OSError) as error:  # what stands in the way here is no reason to leave the others
+            left.append(Finding(key=key, shard=None, problem=str(error), cure=""))
         if progress is not None:
             progress(done, len(keys), 0)
     return left
@@ -239,13 +242,30 @@ def _repair(store: FeatureStore, key: str, findings: Sequence[Finding]) -> None:
     if broken:
         _drop_broken_manifests(store, key)
         store.place.create(layout.manifest_file(key, 1), Manifest(spec=collection.spec).to_bytes())
-    collection.drop(f.shard for f in findings if f.shard is not None and f.cure == "drop")
+    stuck = _drop_each(collection, [f.shard for f in findings if f.shard is not None and f.cure == "drop"])
     listed = {entry.shard for entry in collection.manifest().shards}
     again = {f.shard for f in findings if f.shard is not None and f.cure == "receipt"}
     again |= {f.shard for f in findings if f.shard in listed and f.cure == "commit"}
     if again:
         collection.recommit(again)
     collection.commit()  # what the broken manifests had, and what was sealed since
+    if stuck is not None:
+        raise stuck
+
+
+def _drop_each(collection: Collection, shards: Sequence[int]) -> CorruptData | None:
+    """Drop shards; says what stood in the way of one that could not be, after all others are gone."""
+    try:
+        collection.drop(shards)
+    except CorruptData:
+        stuck = None
+        for shard in shards:
+            try:
+                collection.drop([shard])
+            except CorruptData as error:
+                stuck = error
+        return stuck
+    return None
 
 
 def _drop_broken_manifests(store: FeatureStore, key: str) -> None:

@@ -245,6 +245,24 @@ def test_what_only_the_lost_newest_manifest_listed_is_named_and_comes_back(tmp_p
     assert {n: d for n, d in tree(tmp_path).items() if "shard" in n} == papers
 
 
+@pytest.mark.parametrize("inside", [[], ["notes.txt"]], ids=["empty", "with files"])
+def test_a_folder_named_like_a_shard_stops_no_repair(tmp_path, inside):
+    store = whole(tmp_path)
+    folder = tmp_path / KEY / "shard-00001.arrow"
+    folder.unlink()
+    folder.mkdir()
+    for name in inside:
+        (folder / name).write_text("somebody's")
+    flip(tmp_path / KEY / "shard-00003.arrow", 700)
+    findings = verify(store, [KEY]).findings
+    assert [(f.shard, f.cure) for f in findings] == [(1, "drop"), (3, "drop")]
+    left = repair(store, findings)
+    assert ["move it away" in f.problem for f in left] == [True] * len(inside)
+    assert [entry.shard for entry in store.collection(KEY).manifest().shards] == [0, 2, 4]
+    assert folder.exists() == bool(inside)
+    assert not (tmp_path / KEY / "shard-00003.arrow").exists()
+
+
 class TestGc:
     def test_partials_of_the_living_stay_those_of_the_dead_go(self, tmp_path):
         store = whole(tmp_path)
@@ -295,3 +313,14 @@ class TestGc:
         ]
         np.testing.assert_array_equal(store[KEY][:], rows)
         np.testing.assert_array_equal(view[:5], rows[:5])
+
+    def test_it_follows_no_link_out_of_the_store(self, tmp_path):
+        store = whole(tmp_path / "store")
+        whole(tmp_path / "elsewhere")
+        dead = tmp_path / "elsewhere" / KEY / ".shard-00003.arrow.0123456789ab.partial"
+        dead.write_bytes(b"x" * 1000)
+        os.utime(dead, (time.time() - 300,) * 2)
+        (tmp_path / "store" / "subj01-train" / "linked").symlink_to(tmp_path / "elsewhere" / KEY, True)
+        (tmp_path / "store" / "other").symlink_to(tmp_path / "elsewhere" / "subj01-train", True)
+        assert list(debris(store)) == []
+        assert store.keys() == [KEY]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from brainenc import atomic
-from brainenc.errors import NotAStore, PlaceUnfit
+from brainenc.errors import CorruptData, NotAStore, PlaceUnfit
 from brainenc.featurestore.places.base import Capabilities, Entry, check_name
 from brainenc.featurestore.space import FULL, full_disk_explained
 
@@ -98,7 +98,10 @@ class LocalPlace:
         """Remove a file durably: one that came back after a power cut would be trusted again."""
         path = self._path(name)
         with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+            if path.is_dir() and not path.is_symlink():
+                _remove_empty(path)
+            else:
+                path.unlink()
             atomic.fsync_dir(path.parent)
 
     def local(self, name: str) -> Path | None:
@@ -149,3 +152,11 @@ class LocalPlace:
         finally:
             for path in (partial, final):
                 path.unlink(missing_ok=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder that stands where a file belongs; what somebody put into it is not ours to remove."""
+    try:
+        folder.rmdir()
+    except OSError as error:
+        raise CorruptData(f"{folder} is a folder where a file of the store belongs: move it away.") from error
