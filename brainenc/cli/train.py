@@ -177,7 +177,8 @@ def _plain(result: Any) -> dict[str, Any]:
 
 def _summary(result: Any) -> str:
     if result.status == "done":
-        return f"{result.run_folder}: done, {result.step} steps, best val_perf {result.val_perf:.4f}."
+        best = "not known" if result.val_perf is None else f"{result.val_perf:.4f}"
+        return f"{result.run_folder}: done, {result.step} steps, best val_perf {best}."
     where = f", saved in {result.checkpoint}" if result.checkpoint else ""
     return (
         f"{result.run_folder}: {result.status} at epoch {result.epoch}, step {result.step} ({result.reason}){where}. "

@@ -44,6 +44,8 @@ class Position:
     """Largest number of samples in one forward; 0 when the run has not chosen yet."""
     best: float | None = None
     """Best ``val_perf`` so far."""
+    val_perf: float | None = None
+    """Score of these very weights, where they were validated: the best is found by it, without a pointer."""
 
     def name(self, *, emergency: bool = False) -> str:
         """Name of this position's checkpoint folder."""
@@ -97,7 +99,8 @@ class Contents:
 def write(root: Path, contents: Contents, *, emergency: bool = False, reason: str = "", verify_it: bool = True) -> Path:
     """Write a checkpoint below ``root``; durable and verified on return.
 
-    A whole checkpoint of the same position that is there already is kept; one that is not whole is replaced.
+    A whole checkpoint of the same position that is there already is kept, if it was validated as this one was; one
+    that is not whole is replaced.
 
     Raises:
         NoSpace: the disk or quota is full; nothing is left behind.
@@ -107,8 +110,8 @@ def write(root: Path, contents: Contents, *, emergency: bool = False, reason: st
     final = root / contents.position.name(emergency=emergency)
     if final.exists():
         with contextlib.suppress(CheckpointUnusable):
-            verify(final)
-            return final
+            if verify(final).position.validated >= contents.position.validated:
+                return final
     atomic.make_dirs(root)
     partial = atomic.partial_name(final)
     try:
@@ -368,15 +371,36 @@ def discard(folder: Path) -> None:
 def prune(root: Path, *, keep: int, best: str | None = None) -> list[Path]:
     """Remove regular checkpoints but the newest ``keep`` and the best, and emergency ones but the newest.
 
+    The best are the one of that name and the one with the highest score in its manifest: a pointer may be behind.
     Call it after a newer one is durable, never before.
     """
     found = list_checkpoints(root)
     regular = [f for f in found if not f.emergency]
-    spare = [f.folder for f in regular[keep:] if f.folder.name != best]
-    spare += [f.folder for f in found if f.emergency][1:]
-    for folder in spare:
-        discard(folder)
-    return spare
+    spare = [*regular[keep:], *[f for f in found if f.emergency][1:]]
+    if spare:
+        kept = {best, _highest(found)}
+        spare = [f for f in spare if f.folder.name not in kept]
+    for one in spare:
+        discard(one.folder)
+    return [one.folder for one in spare]
+
+
+def _highest(found: Iterable[Found]) -> str | None:
+    """Name of the checkpoint with the highest score of the newest one's run; files cut short do not count."""
+    scores: dict[str, tuple[float, int, bool]] = {}
+    run_id: str | None = None
+    for one in found:
+        try:
+            manifest = read_manifest(one.folder)
+            sizes = {name: (one.folder / name).stat().st_size for name in manifest.files}
+        except (CheckpointUnusable, OSError):
+            continue
+        run_id = manifest.config.get("id", "") if run_id is None else run_id
+        perf = manifest.position.val_perf
+        whole = all(sizes[name] == entry["bytes"] for name, entry in manifest.files.items())
+        if whole and perf is not None and perf == perf and manifest.config.get("id", "") == run_id:
+            scores[one.folder.name] = (perf, -one.step, not one.emergency)
+    return max(scores, key=lambda name: scores[name], default=None)
 
 
 def sweep(root: Path) -> None:

@@ -62,7 +62,7 @@ def open_run(run: str | Path, *, device: str = "auto", open_views: OpenViews | N
     samples = open_samples(config, subject, views)
     wanted = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     model = make_model(config, subject, samples).to(wanted)
-    name = load_best(folder, model)
+    name = load_best(folder, model, run_id=config.id)
     predictor = Predictor(model, bfloat16=config.precision == "bfloat16", micro_batch=config.batch_size)
     return OpenRun(
         folder=folder, config=config, subject=subject, samples=samples, predictor=predictor, checkpoint=name,

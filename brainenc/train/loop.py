@@ -159,8 +159,12 @@ class Fit:
             self._unsaved = 0
 
     def _not_saved(self, error: Exception) -> None:
-        """One failure is borne, because disks of others come back; then the run ends while it still can be saved."""
+        """One failure is borne, because disks of others come back; then the run ends while it still can be saved.
+
+        The best so far is again one that is there: later scores must not be compared with weights that were not saved.
+        """
         self._unsaved += 1
+        self.position = replace(self.position, best=self._saver.recorded(self._settings.config.get("id", "")))
         self._hooks.note(f"A checkpoint could not be written at step {self.position.step}: {told(error)}")
         if self._unsaved > _UNSAVED_BORNE:
             self._failure = f"checkpoints could not be written {self._unsaved} times: {told(error)}"
@@ -190,7 +194,7 @@ class Fit:
         if not math.isfinite(norm):
             self._failure = f"the gradient of step {self.position.step} has the norm {norm}{ids(batch)}"
             return self._end(replace(verdict, trouble=Trouble.NOT_FINITE, go=False, save=False))
-        self.position = replace(self.position, step=self.position.step + 1, epoch=epoch)
+        self.position = replace(self.position, step=self.position.step + 1, epoch=epoch, val_perf=None)
         self._hooks.guard.beat(epoch=epoch, step=self.position.step)
         if self._team.rank == 0 and self.position.step % self._settings.log_every == 0:
             took = max(time.perf_counter() - began, 1e-9)
@@ -405,7 +409,9 @@ class Fit:
         r_lh, r_rh = sums.correlations(self._team)
         perf = val_perf(r_lh, r_rh)
         best = self.position.best is None or perf > self.position.best
-        self.position = replace(self.position, validated=epoch + 1, best=perf if best else self.position.best)
+        self.position = replace(
+            self.position, validated=epoch + 1, val_perf=perf, best=perf if best else self.position.best
+        )
         if self._team.rank == 0:
             self._hooks.record({
                 "epoch": epoch, "step": self.position.step, "split": "val", "loss": sums.loss, "r_lh": mean_r(r_lh),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import HEMISPHERES
 from brainenc.errors import CheckpointUnusable, DataError, KeyNotFound
 from brainenc.train import checkpoint
+from brainenc.train.best import find
 from brainenc.train.config import TrainConfig
 from brainenc.train.data import Batch, Loader, Samples
 from brainenc.train.inputs import OpenViews, open_samples, usable
 from brainenc.train.order import Order
 from brainenc.train.run_folder import RunFolder
 from brainenc.train.step import Stepper, is_out_of_memory, predict, relieve
+
+log = logging.getLogger(__name__)
 
 
 class Predictor:
@@ -88,24 +92,44 @@ def predict_samples(stepper: Stepper | Predictor, samples: Samples, batch_size: 
     return lh, rh
 
 
-def load_best(folder: RunFolder, model: torch.nn.Module) -> str:
-    """Load the best checkpoint of a run, or the newest where none was the best; returns its name.
+def load_best(
+    folder: RunFolder, model: torch.nn.Module, *, run_id: str | None = None, note: Callable[[str], None] = log.warning
+) -> str:
+    """Load the best checkpoint of a run, or the newest where none has a score; returns its name.
+
+    Args:
+        folder: of the run; nothing is written there.
+        model: takes the weights.
+        run_id: pass over checkpoints of another run that was in this place.
+        note: told when that is not the checkpoint that ``best.json`` names.
 
     Raises:
         CheckpointUnusable: there is none that verifies.
     """
-    pointed = folder.pointed("best")
-    if pointed is not None:
-        path = folder.checkpoints / str(pointed["checkpoint"])
-        checkpoint.verify(path)
-    else:
-        choice = checkpoint.newest([folder.checkpoints])
-        if choice.folder is None:
-            why = " ".join(choice.skipped) or "It holds none."
-            raise CheckpointUnusable(f"{folder.checkpoints} has no checkpoint that can be used. {why}")
-        path = choice.folder
+    path = _best(folder, run_id, note)
     checkpoint.load_weights(path, model)
     return path.name
+
+
+def _best(folder: RunFolder, run_id: str | None, note: Callable[[str], None]) -> Path:
+    pointed = str((folder.pointed("best") or {}).get("checkpoint", ""))
+    named = f"best.json names {pointed}" if pointed else f"{folder.checkpoints} has no best.json"
+    best = find(folder, run_id)
+    if best is not None:
+        for why in best.skipped:
+            note(f"Passed over as the best: {why}")
+        if best.folder.name != pointed:
+            note(
+                f"{named}: using {best.folder.name}, the whole checkpoint with the highest val_perf "
+                f"({best.val_perf:.4f})."
+            )
+        return best.folder
+    choice = checkpoint.newest([folder.checkpoints], run_id)
+    if choice.folder is None:
+        why = " ".join(choice.skipped) or "It holds none."
+        raise CheckpointUnusable(f"{folder.checkpoints} has no checkpoint that can be used. {why}")
+    note(f"{named} and no whole checkpoint has a score: using the newest, {choice.folder.name}.")
+    return choice.folder
 
 
 def predict_test(
@@ -126,7 +150,7 @@ def predict_test(
         note("No predictions of test images: features of some are missing in the store.")
         return []
     folder = RunFolder(config.out)
-    load_best(folder, stepper.model)
+    load_best(folder, stepper.model, run_id=config.id, note=note)
     return write_predictions(folder.predictions, predict_samples(stepper, samples, config.batch_size))
 
 

@@ -106,7 +106,8 @@ def import_published(
     )  # fmt: skip
     origin = {"published": found.path.name, "epoch": found.epoch, "val_perf": found.val_perf}
     contents = Contents(
-        position=Position(step=0, epoch=0, best=found.val_perf), weights=model.state_dict, optimizer={"state": {}},
+        position=Position(step=0, epoch=0, best=found.val_perf, val_perf=found.val_perf),
+        weights=model.state_dict, optimizer={"state": {}},
         config=run.to_dict(), provenance=origin,
     )  # fmt: skip
     folder.create(run)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from brainenc import atomic
 from brainenc.errors import BrainencError
+from brainenc.train import best as best_of
 from brainenc.train import checkpoint
 from brainenc.train.checkpoint import Contents
 from brainenc.train.run_folder import RunFolder
@@ -93,6 +94,11 @@ class Saver:
         kept = (self.folder.pointed("best") or {}).get("checkpoint")
         checkpoint.prune(self.folder.checkpoints, keep=self.keep, best=kept)
         self._published(path)
+
+    def recorded(self, run_id: str) -> float | None:
+        """The highest score of a checkpoint of the run that is there, once what is being written is."""
+        self._background.wait()
+        return best_of.recorded(self.folder, run_id)
 
     def snapshot(self, contents: Contents) -> float:
         """Copy the state and have it written to local disk; returns the seconds that training was held up."""

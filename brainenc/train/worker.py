@@ -21,6 +21,7 @@ from brainenc.datasets.rois import HEMISPHERES, Hemisphere
 from brainenc.errors import MemoryRefused
 from brainenc.guard.messages import NullGuard, StepGuard
 from brainenc.train import checkpoint, saver
+from brainenc.train.best import settle
 from brainenc.train.checkpoint import Position
 from brainenc.train.config import TrainConfig
 from brainenc.train.data import Loader, Samples, buffer_bytes
@@ -164,6 +165,9 @@ def _start(
             if found.manifest.config.get("micro_batch") != config.micro_batch:  # asked for anew
                 start = replace(start, micro_batch=0)
         start = Position(**team.broadcast(asdict(start), holder))
+        # The score that later ones are compared with is that of weights which are there: rank 0 looks after them.
+        best = settle(writer.folder, config.id, notes) if team.rank == 0 else None
+        start = replace(start, best=team.broadcast(best.val_perf if best else None, 0))
         if start.micro_batch:
             stepper.micro_batch = min(stepper.micro_batch, start.micro_batch)
     if team.size > 1:

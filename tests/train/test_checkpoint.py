@@ -41,7 +41,14 @@ def test_what_was_written_is_read_back(tmp_path):
     weights = load_file(folder / "model.safetensors")
     assert all(torch.equal(weights[name], tensor) for name, tensor in given.weights().items())
     state = torch.load(folder / "state.pt", weights_only=True)
-    assert state["position"] == {"step": 3, "epoch": 0, "validated": 1, "micro_batch": 4, "best": 0.25}
+    assert state["position"] == {
+        "step": 3,
+        "epoch": 0,
+        "validated": 1,
+        "micro_batch": 4,
+        "best": 0.25,
+        "val_perf": None,
+    }
     assert torch.equal(state["optimizer"]["state"][0]["exp_avg"], given.optimizer["state"][0]["exp_avg"])
     assert (state["config"], state["random"]) == ({"seed": 1}, {"seed": 1})
 
