@@ -99,10 +99,11 @@ def resume(
         note: as for :func:`train`.
 
     Raises:
-        UsageError: no run there, or a change that would make it another run.
+        UsageError: no run there, a change that would make it another run, or fewer epochs than it has trained.
     """
     folder = RunFolder(Path(run_folder).absolute())
     config = folder.config().resumed_with({**(changes or {}), "out": str(folder.path)})
+    prepare.refuse_fewer_epochs(config)
     if changes:
         folder.update(config)
     config = replace(config, split=str(folder.split_file))

@@ -8,7 +8,7 @@ from typing import Any
 
 from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import HEMISPHERES
-from brainenc.errors import CheckpointUnusable, ProvenanceMismatch
+from brainenc.errors import CheckpointUnusable, ProvenanceMismatch, UsageError
 from brainenc.train import checkpoint
 from brainenc.train.config import TrainConfig
 from brainenc.train.guarding import thresholds
@@ -43,6 +43,25 @@ def check(config: TrainConfig, open_views: OpenViews, *, note: Callable[[str], N
     ]
     if empty:
         note(f"ROIs without a vertex in this subject, kept and scored as missing: {', '.join(empty)}.")
+
+
+def refuse_fewer_epochs(config: TrainConfig) -> None:
+    """A run cannot be taken back: its checkpoints hold what the later epochs taught.
+
+    Raises:
+        UsageError: the run has trained more epochs than are asked for.
+    """
+    trained = 0
+    for found in checkpoint.list_checkpoints(RunFolder(config.out).checkpoints):
+        with suppress(CheckpointUnusable, OSError):
+            manifest = checkpoint.read_manifest(found.folder)
+            if manifest.config.get("id", "") == config.id:
+                trained = max(trained, manifest.position.validated)
+    if config.epochs < trained:
+        raise UsageError(
+            f"{config.out} has trained {trained} epochs, and {config.epochs} are asked for. Leave --epochs out, ask "
+            f"for {trained} or more, or start a new run with another --out."
+        )
 
 
 def _same_data(config: TrainConfig, now: Mapping[str, Any]) -> None:

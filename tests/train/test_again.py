@@ -5,6 +5,7 @@ import json
 import pytest
 
 from brainenc.cli.main import run as brainenc
+from brainenc.train.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -54,3 +55,14 @@ def test_what_is_misspelled_leaves_no_run_behind(command, capsys, tmp_path, extr
 def test_a_run_goes_on_where_it_is(command, capsys, tmp_path):
     assert brainenc(["train", "--resume", str(tmp_path / "run"), "--out", str(tmp_path / "other")]) == 2
     assert "leave out --out" in capsys.readouterr().err
+
+
+def test_fewer_epochs_than_a_run_has_trained_are_refused_and_nothing_is_rewritten(command, capsys):
+    assert brainenc([*command, "--epochs", "2"]) == 0
+    folder = RunFolder(command[command.index("--out") + 1])
+    written = folder.config_file.read_bytes()
+
+    assert brainenc(["train", "--resume", str(folder.path), "--epochs", "1"]) == 2
+
+    assert "has trained 2 epochs, and 1 are asked for" in capsys.readouterr().err
+    assert folder.config_file.read_bytes() == written
