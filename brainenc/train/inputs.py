@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from brainenc.datasets.algonauts import Subject
 from brainenc.errors import DataError, UsageError
@@ -26,6 +27,7 @@ OpenViews = Callable[[Split], Sequence[View]]
 
 _SHUFFLE_STREAM = 0x5C0FF1E
 _SHOWN = 5
+_SAMPLED_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +144,29 @@ def provenance(config: TrainConfig, subject: Subject, samples: Samples, n_train:
     }
     found = {
         "subject": subject.name, "vertices": list(subject.n_vertices), "samples": len(samples),
-        "training_samples": n_train, "features": features,
+        "training_samples": n_train, "features": features, "stimuli": _digest(json.dumps(list(samples.ids)).encode()),
+        "responses": [_sampled(array) for array in samples.responses or ()],
     }  # fmt: skip
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
+
+
+def _sampled(array: npt.NDArray[Any]) -> str:
+    """Hash of a hemisphere's shape and of rows spread evenly over it: all of a small one, 32 MB of a large one.
+
+    Rows in another order or of another measurement are noticed; a change to single rows may not be.
+    """
+    n_rows = len(array)
+    count = max(2, min(n_rows, _SAMPLED_BYTES // max(1, array[:1].nbytes)))
+    rows = np.unique(np.linspace(0, n_rows - 1, count).astype(np.int64))
+    return _digest(str(array.shape).encode(), *(np.ascontiguousarray(array[row]).data for row in rows))
+
+
+def _digest(*parts: bytes | memoryview) -> str:
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def read_split(config: TrainConfig, n: int) -> Rows:

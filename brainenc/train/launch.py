@@ -104,12 +104,12 @@ def resume(
     folder = RunFolder(Path(run_folder).absolute())
     config = folder.config().resumed_with({**(changes or {}), "out": str(folder.path)})
     prepare.refuse_fewer_epochs(config)
-    if changes:
-        folder.update(config)
-    config = replace(config, split=str(folder.split_file))
+    asked, config = config, replace(config, split=str(folder.split_file))
     note = note or _ignore
     views = open_views or StoredViews(config)
     prepare.check(config, views, note=note)
+    if changes:  # what is refused leaves the run as it was
+        folder.update(asked)
     return _launch(config, views, progress or _ignore, note)
 
 

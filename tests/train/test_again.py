@@ -1,10 +1,14 @@
 """The same command again, as a scheduler gives it after a requeue."""
 
 import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from brainenc.cli.main import run as brainenc
+from brainenc.datasets import layout
 from brainenc.train.run_folder import RunFolder
 
 
@@ -66,3 +70,42 @@ def test_fewer_epochs_than_a_run_has_trained_are_refused_and_nothing_is_rewritte
 
     assert "has trained 2 epochs, and 1 are asked for" in capsys.readouterr().err
     assert folder.config_file.read_bytes() == written
+
+
+def change_responses(subject: Path) -> str:
+    file = subject / layout.responses_file("train", "lh")
+    np.save(file, np.load(file)[::-1])
+    return "responses"
+
+
+def swap_images(subject: Path) -> str:
+    """The order of the images is that of their names, which also hold their ids."""
+    folder = subject / layout.images_dir("train")
+    first, second = sorted(folder.iterdir())[:2]
+    names = [layout.image_name("train", i + 1, 1 - i) for i in range(2)]
+    first.rename(folder / names[0])
+    second.rename(folder / names[1])
+    return "stimuli"
+
+
+@pytest.mark.parametrize("change", [change_responses, swap_images])
+def test_a_run_goes_on_with_the_data_that_it_began_with_and_no_other(small, command, tmp_path, capsys, change):
+    subject = tmp_path / small.subject_dir.name
+    shutil.copytree(small.subject_dir, subject)
+    command[command.index("--subject-dir") + 1] = str(subject)
+    assert brainenc([*command, "--epochs", "1"]) == 0
+    what = change(subject)
+    out = command[command.index("--out") + 1]
+
+    assert brainenc(["train", "--resume", out, "--epochs", "2"]) != 0
+
+    told = capsys.readouterr().err
+    assert "bring it back" in told
+    assert f"{what}: stored" in told
+    assert RunFolder(out).config().epochs == 1, "what is refused leaves the run as it was"
+
+    for manifest in RunFolder(out).checkpoints.glob("*/manifest.json"):  # as an earlier version wrote it
+        found = json.loads(manifest.read_text())
+        del found["provenance"]["stimuli"], found["provenance"]["responses"]
+        manifest.write_text(json.dumps(found))
+    assert brainenc(["train", "--resume", out, "--epochs", "2"]) == 0
