@@ -7,7 +7,8 @@ import pytest
 from brainenc.errors import CorruptData
 from brainenc.featurestore.documents import read_document, write_document
 from brainenc.featurestore.schema import Manifest, Note, Receipt
-from tests.featurestore.making import fill, make_collection, values
+from brainenc.featurestore.stimuli import StimulusSet
+from tests.featurestore.making import fill, make_collection, stimuli, values
 
 HUGE = 10**40
 DEEP = b'{"kind":"manifest","version":1,"checksum":"","a":' + b"[" * 200_000
@@ -70,3 +71,10 @@ def test_entries_of_any_shape_are_corrupt(papers, entry):
 def test_a_note_that_would_hang_or_swell_its_reader_is_refused(papers, change):
     with pytest.raises(ValueError, match=r"."):
         Note.from_json({**papers["receipt"], **change})
+
+
+@pytest.mark.parametrize("change", [(b"subj01-train", b"../01-train/"), (b"ARROW1", b"ARROW2")])
+def test_a_stimulus_table_that_was_changed_is_corrupt(change):
+    data = stimuli(5).to_arrow().replace(*change)
+    with pytest.raises(CorruptData, match="where"):
+        StimulusSet.from_arrow(data, "where")
