@@ -60,7 +60,8 @@ def test_any_byte_that_changes_or_is_lost_is_noticed(data, tmp_path_factory):
     victim = folder / data.draw(st.sampled_from(["model.safetensors", "state.pt", "manifest.json"]))
     raw = bytearray(victim.read_bytes())
     if data.draw(st.booleans()):
-        del raw[data.draw(st.integers(0, len(raw) - 1)) :]
+        last = len(raw) - (2 if victim.name == "manifest.json" else 1)  # its final newline tells nothing
+        del raw[data.draw(st.integers(0, last)) :]
     elif victim.name == "manifest.json":  # a changed space in it would change nothing that counts
         return
     else:
