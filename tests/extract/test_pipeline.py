@@ -159,6 +159,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_bytes_are_the_same(tmp_path
     assert tree(tmp_path / "s") == tree(reference)
 
 
+@pytest.mark.chaos
 def test_workers_that_keep_dying_end_the_run_with_what_they_took(tmp_path, work):
     config, _ = work
 

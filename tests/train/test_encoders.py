@@ -419,6 +419,7 @@ def test_pieces_repeat_their_dropout_in_the_backward_pass(atlas, monkeypatch):
     assert abs((above - below) / 2e-2 - slope) < 1e-2 * max(abs(slope), 1)
 
 
+@pytest.mark.chaos
 def test_compiled_models_learn_the_same(atlas):
     """``torch.compile`` takes the formulas instead of the loops, forward and backward."""
     model, x = build(atlas), images()
