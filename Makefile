@@ -50,7 +50,7 @@ soak: $(STAMP)  ## the long repetitions of the same
 
 constraints: $(STAMP)  ## resolve the pins again from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
-	  --no-emit-index-url --no-header --no-annotate --quiet --output-file constraints.txt
+	  --no-header --no-annotate --quiet --output-file constraints.txt
 
 clean:  ## remove what was built, never data
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
