@@ -17,6 +17,7 @@ from brainenc.errors import DataError, UsageError
 from brainenc.scoring import StreamingPearson
 from brainenc.train.config import TrainConfig
 from brainenc.train.data import Samples
+from brainenc.train.encoders.base import RIDGE
 from brainenc.train.inputs import OpenViews, StoredViews, open_samples, read_split, split_samples, usable
 from brainenc.train.predict import Predictor, load_best, predict_batches, predict_samples, write_predictions
 from brainenc.train.run_folder import RunFolder, save_array
@@ -50,7 +51,7 @@ def open_run(run: str | Path, *, device: str = "auto", open_views: OpenViews | N
     """
     folder = RunFolder(Path(run).absolute())
     config = folder.config()
-    if config.encoder.encoder == "ridge":
+    if config.encoder.encoder == RIDGE:
         raise UsageError(
             f"{folder.path} is a ridge run: it has no weights to load. Its scores are in {folder.scores_file.name}, "
             "its predictions in predictions/."

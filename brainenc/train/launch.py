@@ -19,14 +19,14 @@ from brainenc.addresses import init_options, resolve
 from brainenc.errors import BrainencError, TrainingFailed
 from brainenc.guard.messages import EXIT_STOPPED_SAFELY, NullGuard, StepGuard
 from brainenc.metrics import Gauges
-from brainenc.train import orders, prepare
+from brainenc.train import finished, orders, prepare
 from brainenc.train.alone import handling_signals, make_drills, train_alone
 from brainenc.train.config import TrainConfig, Workers
 from brainenc.train.elsewhere import elsewhere, on_this_node
+from brainenc.train.encoders.base import RIDGE
 from brainenc.train.follow import Note, Progress, following
 from brainenc.train.inputs import OpenViews, StoredViews
 from brainenc.train.orders import FolderOrders, Hearing
-from brainenc.train.ridge_run import ENCODER as RIDGE
 from brainenc.train.ridge_run import run_ridge
 from brainenc.train.run_folder import RunFolder
 
@@ -79,9 +79,6 @@ def train(
     prepare.check(config, views, note=note)
     folder.create(config)
     prepare.save_split(config, folder)
-    if config.encoder.encoder == RIDGE:  # solved, not trained: one process, no steps
-        perf = run_ridge(config, views, progress=progress, note=note)
-        return TrainResult(status="done", run_folder=config.out, epoch=0, step=0, val_perf=perf)
     return _launch(config, views, progress or _ignore, note)
 
 
@@ -118,8 +115,13 @@ def _ignore(_: object) -> None:
 
 
 def _launch(config: TrainConfig, views: OpenViews, progress: Progress, note: Note) -> TrainResult:
-    if config.encoder.encoder == "ridge":
+    if config.encoder.encoder == RIDGE:
         return _ridge(config, views, progress, note)
+    if (end := finished.find(config)) is not None:
+        note(f"{config.out} has finished all of its {config.epochs} epochs. More are asked for by --epochs.")
+        return TrainResult(
+            status="done", run_folder=config.out, epoch=end.epoch, step=end.step, val_perf=end.best
+        )  # fmt: skip
     workers = Workers.parse(config.workers) if config.workers else default_workers()
     folder = RunFolder(config.out)
     try:
@@ -139,9 +141,7 @@ def _launch(config: TrainConfig, views: OpenViews, progress: Progress, note: Not
 
 
 def _ridge(config: TrainConfig, views: OpenViews, progress: Progress, note: Note) -> TrainResult:
-    """The baseline: solved, not trained; in this process."""
-    from brainenc.train.ridge_run import run_ridge
-
+    """The baseline: one process, no steps."""
     try:
         perf = run_ridge(config, views, progress=progress, note=note)
     except BrainencError as error:

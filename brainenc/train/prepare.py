@@ -1,9 +1,10 @@
-"""What the driver looks at before anything is started, so that bad input costs seconds. Knows neither torch nor Ray."""
+"""What the driver looks at before anything is started, so that bad input costs seconds. Knows no Ray."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from brainenc.datasets.algonauts import Subject
@@ -11,8 +12,10 @@ from brainenc.datasets.rois import HEMISPHERES
 from brainenc.errors import CheckpointUnusable, ProvenanceMismatch, UsageError
 from brainenc.train import checkpoint
 from brainenc.train.config import TrainConfig
+from brainenc.train.encoders.base import RIDGE
 from brainenc.train.guarding import thresholds
 from brainenc.train.inputs import OpenViews, open_samples, provenance, read_split, split_samples, usable
+from brainenc.train.model import check_encoder
 from brainenc.train.run_folder import RunFolder, save_array
 
 _LATER_FIELDS = ("stimuli", "responses")
@@ -33,6 +36,9 @@ def check(config: TrainConfig, open_views: OpenViews, *, note: Callable[[str], N
     queries = subject.rois.queries(config.encoder.readout)
     samples = open_samples(config, subject, open_views)
     train, _ = split_samples(samples, read_split(config, len(samples)))
+    if config.encoder.encoder != RIDGE:
+        encoder = replace(config.encoder, readout=queries.readout)
+        check_encoder(encoder, queries, channels=samples.layout.channels, grid=samples.layout.grid)
     _same_data(config, provenance(config, subject, samples, len(train)))
     for hemisphere in HEMISPHERES:
         subject.require_finite(hemisphere)

@@ -26,7 +26,6 @@ from brainenc.train.ridge import RidgeConfig, Rows, solve, sum_kernel
 from brainenc.train.run_folder import RunFolder, save_array
 from brainenc.train.scores import summarise
 
-ENCODER = "ridge"
 CHUNK_BYTES = 1 << 30
 """Features in memory at a time, as float32."""
 

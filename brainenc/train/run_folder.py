@@ -35,6 +35,11 @@ class RunFolder:
         self.drill_marks = self.path / ".drills"
         self.log_file = self.path / "train.log"
         self.scores_file = self.path / "scores.json"
+        self.finished_file = self.path / "finished.json"
+
+    def test_predictions(self, hemisphere: str) -> Path:
+        """Predictions of the test images, float32 (n, V)."""
+        return self.predictions / f"{hemisphere}_pred_test.npy"
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder of a new run.

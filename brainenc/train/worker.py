@@ -20,7 +20,7 @@ from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import HEMISPHERES, Hemisphere
 from brainenc.errors import MemoryRefused
 from brainenc.guard.messages import NullGuard, StepGuard
-from brainenc.train import checkpoint, saver
+from brainenc.train import checkpoint, finished, saver
 from brainenc.train.best import settle
 from brainenc.train.checkpoint import Position
 from brainenc.train.config import TrainConfig
@@ -231,11 +231,12 @@ def _finish(
     outcome: Outcome, config: TrainConfig, stepper: Stepper, writer: Saver, subject: Subject, around: Surroundings,
     notes: _Notes,
 ) -> Outcome:  # fmt: skip
-    """After the last epoch: predictions of the best weights by rank 0, and no snapshots left behind."""
+    """After the last epoch: predictions of the best weights by rank 0, the mark, and no snapshots left behind."""
     if outcome.status != "done":
         return outcome
-    if around.team.rank == 0 and config.predict:
-        predict_test(config, stepper, subject, around.open_views, note=notes)
+    if around.team.rank == 0:
+        written = predict_test(config, stepper, subject, around.open_views, note=notes) if config.predict else []
+        finished.mark(config, outcome.position, predicted=bool(written))
     if around.team.local_rank == 0:
         writer.clean()
     return outcome

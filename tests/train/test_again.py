@@ -35,6 +35,33 @@ def test_it_goes_on_with_its_own_run_and_finds_a_finished_one_done(command, caps
     assert longer["step"] == 2 * first["step"]
 
 
+def test_a_finished_run_starts_no_worker_to_say_so(command, capsys, tmp_path):
+    assert brainenc([*command, "--epochs", "1"]) == 0
+    first, log = result(capsys), tmp_path / "run" / "train.log"
+
+    assert brainenc([*command, "--epochs", "1"]) == 0
+
+    again = capsys.readouterr()
+    assert json.loads(again.out.splitlines()[-1]) == first
+    assert "has finished all of its 1 epochs" in again.err
+    assert not log.exists()  # where every rank writes down from which checkpoint it goes on
+
+
+@pytest.mark.parametrize("lost", ["predictions/lh_pred_test.npy", "checkpoints", "finished.json"])
+def test_the_mark_of_a_finished_run_is_not_believed_alone(command, tmp_path, lost):
+    """What somebody deleted comes back, by the same command."""
+    assert brainenc([*command, "--epochs", "1"]) == 0
+    run = tmp_path / "run"
+    wanted = (run / "predictions" / "lh_pred_test.npy").read_bytes()
+    gone = run / lost
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+
+    assert brainenc([*command, "--epochs", "1"]) == 0
+
+    assert gone.exists()
+    assert (run / "predictions" / "lh_pred_test.npy").read_bytes() == wanted
+
+
 def test_a_command_that_means_another_run_is_refused_with_the_difference(command, capsys):
     assert brainenc([*command, "--epochs", "1"]) == 0
 
@@ -47,6 +74,8 @@ def test_a_command_that_means_another_run_is_refused_with_the_difference(command
     [
         (["--encoder", "transfomer"], "There is: transformer, custom_transformer, spatial_feature, linear, ridge"),
         (["--feature", "tiny/-1.q"], "the layer's number"),
+        (["--encoder", "linear", "--readout", "voxels"], "no queries"),
+        (["--hidden", "15"], "do not divide"),
     ],
 )
 def test_what_is_misspelled_leaves_no_run_behind(command, capsys, tmp_path, extra, told):

@@ -20,6 +20,8 @@ from brainenc.errors import UnknownName, UsageError
 from brainenc.train.readout import QueryReadout, build_readout, read_own_rows
 
 ENCODERS = ("transformer", "custom_transformer", "spatial_feature", "linear")
+RIDGE = "ridge"
+"""The baseline: solved, not trained."""
 PIECE = 1024
 """Queries at a time where every vertex has one."""
 
@@ -46,8 +48,8 @@ class EncoderConfig:
     """Longest wavelength of the sine position, in 2 pi."""
 
     def __post_init__(self) -> None:
-        if self.encoder not in (*ENCODERS, "ridge"):
-            raise UnknownName("encoder", self.encoder, (*ENCODERS, "ridge"))
+        if self.encoder not in (*ENCODERS, RIDGE):
+            raise UnknownName("encoder", self.encoder, (*ENCODERS, RIDGE))
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, found {self.dropout}.")
         for name in ("n_heads", "n_decoder_layers", "feedforward"):
