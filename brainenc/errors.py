@@ -35,6 +35,7 @@ survive the pickling between Ray's processes.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,15 +61,23 @@ class UnknownName(UsageError):
         name: what was asked for.
         choices: what there is.
         where: the object that was searched, e.g. ``"facebook/dinov2-base"``; empty when there is no such thing.
+        near: names that may have been meant, where ``choices`` are no plain names.
     """
 
-    def __init__(self, kind: str, name: str, choices: Sequence[str], where: str = "") -> None:
-        super().__init__(kind, name, tuple(choices), where)
+    def __init__(self, kind: str, name: str, choices: Sequence[str], where: str = "", near: Sequence[str] = ()) -> None:
+        super().__init__(kind, name, tuple(choices), where, tuple(near))
         self.kind, self.name, self.choices, self.where = kind, name, tuple(choices), where
+        self.near = tuple(near)
 
     def __str__(self) -> str:
         place = f" in {self.where}" if self.where else ""
-        return f"There is no {self.kind} {self.name!r}{place}. There is: {', '.join(self.choices) or 'nothing'}."
+        there = f"There is: {', '.join(self.choices) or 'nothing'}."
+        return f"There is no {self.kind} {self.name!r}{place}.{_meant(self.name, self.near or self.choices)} {there}"
+
+
+def _meant(name: str, choices: Sequence[str]) -> str:
+    near = [choice for choice in difflib.get_close_matches(name, choices, n=2, cutoff=0.75) if choice != name]
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 class DataError(BrainencError, ValueError):
@@ -118,7 +127,19 @@ class KeyNotFound(StoreError, KeyError):
         self.key, self.where, self.keys = key, where, tuple(keys)
 
     def __str__(self) -> str:
-        return f"No collection {self.key!r} in {self.where}. There is: {', '.join(self.keys) or 'nothing'}."
+        there = f"There is: {', '.join(self.keys) or 'nothing'}."
+        return f"No collection {self.key!r} in {self.where}.{_meant(self.key, self.keys)} {there}{self._way_out()}"
+
+    def _way_out(self) -> str:
+        """How to make it, where the key says what it would be."""
+        _, _, name = self.key.partition("/")
+        backbone, slash, feature = name.partition("/")
+        if not slash or "/" in feature or not all((backbone, feature)):
+            return ""
+        return (
+            f" To make it: brainenc extract --store {self.where} --subject-dir DIR (or --images DIR) --backbone NAME "
+            f"--name {backbone} --feature={feature}, with the NAME or folder that {backbone} is loaded from."
+        )
 
 
 class ProvenanceMismatch(StoreError):

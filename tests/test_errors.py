@@ -49,6 +49,19 @@ def test_unknown_name_lists_what_there_is():
     )
 
 
+def test_unknown_name_asks_whether_a_near_one_was_meant():
+    assert "Did you mean 'token'?" in str(errors.UnknownName("facet", "tokn", ("q", "token")))
+    assert "Did you mean 'clip'?" in str(errors.UnknownName("backbone", "clipp", ("a hub id",), "", ("clip", "dinov2")))
+
+
+def test_a_collection_that_is_not_there_says_how_to_make_it():
+    said = str(errors.KeyNotFound("a-train/dinov2-base/-1.q", "/data/store", ("a-train/dinov2-base/11.q",)))
+    assert "Did you mean 'a-train/dinov2-base/11.q'?" in said
+    assert "brainenc extract --store /data/store" in said
+    assert "--name dinov2-base --feature=-1.q" in said
+    assert "brainenc extract" not in str(errors.KeyNotFound("nothing", "/data/store"))
+
+
 def test_exit_codes():
     assert errors.UsageError("x").exit_code == 2
     assert errors.DataError("x").exit_code == 1

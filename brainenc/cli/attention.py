@@ -21,18 +21,24 @@ Example:
 @click.command("attention", epilog=EXAMPLE)
 @click.argument("run", metavar="RUN")
 @click.option("--split", "part", type=click.Choice(["train", "test"]), default="train", show_default=True)
-@click.option("--image", "stimuli", multiple=True, metavar="ID", help="A stimulus id; may be given several times.")
+@click.option("--image", "stimuli", multiple=True, metavar="ID", help="Stimulus id of an image; again for more.")
 @click.option(
-    "--count", type=click.IntRange(min=1), default=4, show_default=True, help="The first so many, without --image."
+    "--count",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Without --image: how many, from the first.",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="RUN/attention when not given.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write to  [default: RUN/attention]"
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print the files as JSON.")
 def command(
     run: str, part: Any, stimuli: tuple[str, ...], count: int, out: Path | None, device: str, as_json: bool
 ) -> None:
     """Show where each ROI looks: arrays of shape (images, ROIs, rows, columns), and colours on the images."""
-    from brainenc.train.attention import maps_of_run
+    from brainenc.train.attention import maps_of_run, n_files
     from brainenc.train.elsewhere import run_to_look_at
     from brainenc.train.evaluate import open_run
 
@@ -41,9 +47,10 @@ def command(
         opened = open_run(folder, device=device)
         chosen = list(stimuli) or opened.subject.ids(part)[:count]
         target = out or opened.folder.path / "attention"
+        total = n_files(opened.predictor.model, len(chosen))
         for path in maps_of_run(opened, part, chosen, target):
             files.append(path)
-            progress.update(len(files))
+            progress.update(len(files), total)
     if as_json:
         click.echo(json.dumps([str(path) for path in files]))
         return

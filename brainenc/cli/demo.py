@@ -10,8 +10,14 @@ import click
 
 from brainenc.cli.progress import Progress
 
+EXAMPLE = """
+\b
+Example:
+  brainenc demo --out /tmp/demo
+"""
 
-@click.command()
+
+@click.command(epilog=EXAMPLE)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -27,8 +33,6 @@ def command(out: Path, epochs: int | None, as_json: bool) -> None:
     Makes a synthetic subject in the Algonauts 2023 layout, whose responses are read out of a small DINOv2; extracts
     that DINOv2's features into a store with Ray Data; trains the transformer encoder from the store with Ray Train;
     and compares what was reached with what could be. Nothing is downloaded.
-
-    Example: brainenc demo --out /tmp/demo
     """
     from brainenc.demo import DemoConfig, closing_lines, run_demo
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from brainenc.cli.progress import Progress
+from brainenc.datasets.rois import REMAINDER, ROI_CLASSES
 
 EXAMPLE = """
 \b
@@ -28,11 +29,13 @@ Example:
 def command(run: str, part: Any, device: str, as_json: bool) -> None:
     """Score a run per hemisphere, ROI and stream, with its best weights."""
     from brainenc.train.elsewhere import run_to_look_at
-    from brainenc.train.evaluate import evaluate, open_run
+    from brainenc.train.evaluate import evaluate, evaluate_ridge, open_run
 
     with run_to_look_at(run) as folder, Progress("evaluate", json_lines=as_json) as progress:
-        opened = open_run(folder, device=device)
-        table = evaluate(opened, part, progress=lambda done, total: progress.update(done, total))
+        table = evaluate_ridge(folder, part)
+        if table is None:
+            opened = open_run(folder, device=device)
+            table = evaluate(opened, part, progress=lambda done, total: progress.update(done, total))
     click.echo(json.dumps(table) if as_json else "\n".join(_lines(table)))
 
 
@@ -46,6 +49,10 @@ def _lines(table: dict[str, Any]) -> list[str]:
     width = max(len(name) for name in table["rois"]["lh"])
     lines.append(f"{'ROI':{width}}   lh r  vertices    rh r  vertices")
     for name in table["rois"]["lh"]:
+        if name == ROI_CLASSES["streams"][0]:
+            lines.append(f"{'stream':{width}}   lh r  vertices    rh r  vertices")
+        if name == REMAINDER:
+            lines.append("outside all ROIs (streams cover it, too)")
         cells = [_cell(table["rois"][hemisphere][name]) for hemisphere in ("lh", "rh")]
         lines.append(f"{name:{width}} {'  '.join(cells)}")
     return lines

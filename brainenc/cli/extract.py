@@ -12,8 +12,15 @@ from brainenc.cli.progress import Progress
 from brainenc.extract.config import ExtractProgress, ExtractSummary
 from brainenc.units import format_bytes, format_seconds, parse_seconds
 
+EXAMPLE = """
+\b
+Example:
+  brainenc extract --subject-dir data/subj01 --store features \\
+      --backbone facebook/dinov2-base --feature 11.q --feature norm.token
+"""
 
-@click.command("extract")
+
+@click.command("extract", epilog=EXAMPLE)
 @source_options
 @click.option(
     "--on-bad-image", type=click.Choice(("fail", "null")), default="fail", show_default=True,
@@ -40,11 +47,6 @@ def command(as_json: bool, debug: bool, commit_every: str, **options: Any) -> in
 
     Whatever the store has already is left alone, so that the same command goes on after any interruption, and another
     layer costs only that layer.
-
-    \b
-    Example:
-      brainenc extract --subject-dir data/subj01 --store features --backbone facebook/dinov2-base \\
-        --feature 11.q --feature norm.token
     """
     own = {name: options.pop(name) for name in ("on_bad_image", "check_images", "max_attempts", "address")}
     config = config_from(options, commit_every_s=parse_seconds(commit_every), **own)

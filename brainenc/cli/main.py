@@ -85,4 +85,9 @@ def run(argv: list[str]) -> int:
             traceback.print_exc()
         click.echo(f"brainenc: {error}", err=True)
         return error.exit_code
+    except OSError as error:  # a disk's or the system's, told as such: what it hit is named in it
+        if "--debug" in argv:
+            traceback.print_exc()
+        click.echo(f"brainenc: the system refused: {error}. `brainenc --debug ...` shows where.", err=True)
+        return 1
     return result if isinstance(result, int) else 0

@@ -9,17 +9,19 @@ import click
 
 from brainenc.cli.extract_options import config_from, source_options
 
+EXAMPLE = """
+\b
+Example:
+  brainenc plan --subject-dir data/subj01 --store features \\
+      --backbone facebook/dinov2-base --feature 8-11.q
+"""
 
-@click.command("plan")
+
+@click.command("plan", epilog=EXAMPLE)
 @source_options
 @click.option("--time/--no-time", "timed", default=True, show_default=True, help="Time a few batches for the estimate.")
 def command(as_json: bool, debug: bool, timed: bool, **options: Any) -> int:
-    """Say what an extraction will take, and whether it fits. Writes nothing; takes the options of `extract`.
-
-    \b
-    Example:
-      brainenc plan --subject-dir data/subj01 --store features --backbone facebook/dinov2-base --feature 8-11.q
-    """
+    """Say what an extraction will take, and whether it fits. Writes nothing; takes the options of `extract`."""
     config = config_from(options)
     from brainenc.extract.estimate import estimate  # late: torch takes seconds, which wrong usage need not wait for
 

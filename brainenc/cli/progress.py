@@ -16,6 +16,10 @@ LOG_S = 15.0
 """Shortest time between two lines in a log: an overnight job should leave pages, not megabytes."""
 QUICK_S = 2.0
 """What is done sooner leaves no line in a log: its result says it all."""
+SETTLED_S = 5.0
+"""A rate is one that was watched for so long after the first progress, which waits for everything to start ..."""
+SETTLED_SHARE = 0.1
+"""... or over this share of the work, whatever it waited for."""
 
 
 class Progress:
@@ -44,12 +48,18 @@ class Progress:
         self._shown = -float("inf") if self._live or json_lines else self._started - LOG_S + QUICK_S
         self._behind = False
         self._width = 0
+        self._first: tuple[float, float] | None = None
+        self._moved: tuple[float, float] | None = None
         self._last: tuple[float, float | None, dict[str, Any]] | None = None
 
     def update(self, done: float, total: float | None = None, **figures: Any) -> None:
         """Say how far it is: ``done`` of ``total``, and figures to show beside it, in this order."""
         self._last = (done, total, figures)
         now = self._clock()
+        if self._first is None or done < self._first[1]:
+            self._first, self._moved = (now, done), None
+        elif self._moved is None and done > self._first[1]:
+            self._moved = now, done
         finished = total is not None and done >= total and (self._live or self._json or now - self._started >= QUICK_S)
         self._behind = now - self._shown < self._every and not finished
         if not self._behind:
@@ -94,11 +104,22 @@ class Progress:
 
     def _text(self, done: float, total: float | None, figures: dict[str, Any], elapsed: float) -> str:
         parts = [f"{self._label}: {done:g}" if total is None else f"{self._label}: {done:g}/{total:g}"]
-        if total and 0 < done < total:
-            parts.append(f"{format_seconds(elapsed * (total - done) / done)} left")
+        if total and done < total:
+            parts += [f"{format_seconds((total - done) / rate)} left" for rate in self._rate(done, total)]
         elif total and done >= total:
             parts.append(f"took {format_seconds(elapsed)}")
         return ", ".join(parts + [f"{name.replace('_', ' ')} {_short(value)}" for name, value in figures.items()])
+
+    def _rate(self, done: float, total: float) -> list[float]:
+        """Units a second; nothing while that is not known. What was done before this run does not count."""
+        assert self._first is not None
+        if self._moved is not None and done > self._moved[1] and self._clock() - self._moved[0] >= SETTLED_S:
+            since, before = self._moved
+        elif done - self._first[1] >= SETTLED_SHARE * (total - self._first[1]):
+            since, before = self._first
+        else:
+            return []
+        return [(done - before) / (self._clock() - since)] if self._clock() > since and done > before else []
 
     def _clear(self) -> None:
         if self._live and self._width:

@@ -14,7 +14,14 @@ from brainenc.units import format_bytes
 _STORED_ITEM_BYTES = 2  # float16, what is stored unless somebody asks otherwise
 
 
-@click.command("show-model", short_help="layers, facets, token grid and bytes of a backbone")
+EXAMPLE = """
+\b
+Example:
+  brainenc show-model facebook/dinov2-base
+"""
+
+
+@click.command("show-model", epilog=EXAMPLE, short_help="layers, facets, token grid and bytes of a backbone")
 @click.argument("backbone")
 @click.option("--images", "image_size", default="425x425", metavar="HxW", help="Size of your images.  [425x425]")
 @click.option("--size-policy", type=click.Choice(["pad", "resize", "crop"]), help="Instead of the model's own.")
@@ -28,10 +35,6 @@ def command(
 
     BACKBONE is a hub id or a folder of transformers, open_clip:MODEL/TAG, timm:MODEL, torchvision:MODEL, or a preset
     (dinov2_q, dinov2, clip, resnet50, ...).
-
-    Example:
-
-        brainenc show-model facebook/dinov2-base
     """
     from brainenc.extract.backbone import load_backbone  # torch and transformers take seconds to import
     from brainenc.extract.presets import find_preset, names_preset

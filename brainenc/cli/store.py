@@ -21,6 +21,10 @@ store_argument = click.argument("store", metavar="STORE")
 keys_argument = click.argument("keys", metavar="[KEY]...", nargs=-1)
 
 
+def _example(line: str) -> str:
+    return f"\b\nExample: brainenc store {line}"
+
+
 @click.group()
 def command() -> None:
     """List, inspect, verify, repair, tidy, copy, export and import feature stores.
@@ -29,14 +33,11 @@ def command() -> None:
     """
 
 
-@command.command()
+@command.command(epilog=_example("ls brainenc-demo/store"))
 @store_argument
 @json_option
 def ls(store: str, as_json: bool) -> None:
-    """The collections of a store: rows, shape, size, how complete.
-
-    Example: brainenc store ls demo/store
-    """
+    """The collections of a store: rows, shape, size, how complete."""
     opened = open_store(store)
     with Progress("ls", json_lines=as_json) as progress:
         keys = opened.keys()
@@ -58,15 +59,12 @@ def ls(store: str, as_json: bool) -> None:
         )
 
 
-@command.command()
+@command.command(epilog=_example("info brainenc-demo/store subj01-train/dino-mini/2.q"))
 @store_argument
 @click.argument("key")
 @json_option
 def info(store: str, key: str, as_json: bool) -> None:
-    """All that is known about one collection: provenance, shards, what they were made with.
-
-    Example: brainenc store info demo/store subj01-train/dinov2-mini/3.q
-    """
+    """All that is known about one collection: provenance, shards, what they were made with."""
     opened = open_store(store)
     with Progress("info", json_lines=as_json) as progress:
         made_in = environments(opened.collection(key), progress.update)
@@ -82,14 +80,15 @@ def info(store: str, key: str, as_json: bool) -> None:
         click.echo("Note: the shards were made in different environments, so equal only to rounding.", err=True)
 
 
-@command.command("verify")
+@command.command("verify", epilog=_example("verify gs://lab/features subj01-train/dinov2-base/11.q"))
 @store_argument
 @keys_argument
 @json_option
 def verify_command(store: str, keys: tuple[str, ...], as_json: bool) -> int:
     """Read back every byte and compare with the checksums; names each bad shard. Exit code 1 if there is one.
 
-    Example: brainenc store verify gs://lab/features subj01-train/dinov2-base/11.q
+    Shards that are sealed but in no manifest are named, too: readers do not see them. While an extraction runs, that
+    is what it will commit within the next minute; afterwards, the same extraction or `store repair` commits them.
     """
     result = _verified(open_store(store), keys, as_json)
     if as_json:
@@ -99,17 +98,18 @@ def verify_command(store: str, keys: tuple[str, ...], as_json: bool) -> int:
     return 0 if result.whole else 1
 
 
-@command.command("repair")
+@command.command("repair", epilog=_example("repair brainenc-demo/store --dry-run"))
 @store_argument
 @keys_argument
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @json_option
 def repair_command(store: str, keys: tuple[str, ...], dry_run: bool, as_json: bool) -> int:
-    """Verify, then drop bad and half-written shards, so that the next extraction computes just those.
+    """Verify, and mend: afterwards, the same extraction computes just what is lost.
 
-    Not beside a running extraction into the same collections.
-
-    Example: brainenc store repair demo/store
+    Bad and half-written shards are dropped; receipts that are torn or gone are written again from their shards;
+    manifests that are torn, or of another collection, are removed, and a first one that is gone or wrong is written
+    again; shards that were sealed but never committed are committed. Not beside a running extraction into the same
+    collections.
     """
     opened = open_store(store)
     result = _verified(opened, keys, as_json)
@@ -123,15 +123,12 @@ def repair_command(store: str, keys: tuple[str, ...], dry_run: bool, as_json: bo
     return 1 if left else 0
 
 
-@command.command("gc")
+@command.command("gc", epilog=_example("gc brainenc-demo/store --dry-run"))
 @store_argument
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @json_option
 def gc_command(store: str, dry_run: bool, as_json: bool) -> None:
-    """Remove what dead writers left and manifests long superseded, and say how much that was.
-
-    Example: brainenc store gc demo/store --dry-run
-    """
+    """Remove what dead writers left and manifests long superseded, and say how much that was."""
     opened = open_store(store)
     with Progress("gc", json_lines=as_json) as progress:
         found = []
@@ -145,7 +142,7 @@ def gc_command(store: str, dry_run: bool, as_json: bool) -> None:
         return
     for item in found:
         click.echo(f"{item.name}: {format_bytes(item.bytes)}, {item.why}")
-    click.echo(f"{'Would remove' if dry_run else 'Removed'} {len(found)} files, {format_bytes(freed)}.")
+    click.echo(f"{'Would remove' if dry_run else 'Removed'} {_many(len(found), 'file')}, {format_bytes(freed)}.")
 
 
 def _verified(store: FeatureStore, keys: Sequence[str], as_json: bool) -> Verification:
@@ -173,22 +170,32 @@ def _print_verification(result: Verification) -> None:
         where = finding.key if finding.shard is None else f"{finding.key} shard {finding.shard}"
         click.echo(f"BAD {where}: {finding.problem}")
     speed = format_bytes(result.bytes / max(result.seconds, 1e-9))
+    what = "all whole" if result.whole else _many(len(result.findings), "problem")
     click.echo(
-        f"{result.shards} shards, {format_bytes(result.bytes)} read in {format_seconds(result.seconds)} ({speed}/s): "
-        f"{'all whole' if result.whole else f'{len(result.findings)} problems'}."
+        f"{_many(result.shards, 'shard')}, {format_bytes(result.bytes)} read in {format_seconds(result.seconds)} "
+        f"({speed}/s): {what}."
     )
 
 
 def _print_repair(findings: Sequence[Finding], left: Sequence[Finding], dry_run: bool) -> None:
-    dropped = sum(finding.cure == "drop" for finding in findings)
-    papers = sum(finding.cure in ("receipt", "commit", "manifest") for finding in findings)
-    word = "Would drop" if dry_run else "Dropped"
-    click.echo(f"{word} {dropped} shards; {papers} receipts or manifests to be written again." if dry_run else
-               f"{word} {dropped} shards, wrote {papers} receipts or manifests again.")  # fmt: skip
-    if dropped and not dry_run:
+    counts = {cure: sum(finding.cure == cure for finding in findings) for cure in _DONE}
+    done = [f"{(_WOULD if dry_run else _DONE)[cure]} {_many(n, _WHAT[cure])}" for cure, n in counts.items() if n]
+    text = ", ".join(done) or "nothing to mend"
+    click.echo(f"{text[0].upper()}{text[1:]}.")
+    if counts["drop"] and not dry_run:
         click.echo("Run the same extraction again: it computes just what was dropped.")
     for finding in left:
-        click.echo(f"Cannot be mended: {finding.problem}", file=sys.stderr)
+        click.echo(f"Cannot be mended: {finding.problem.rstrip('.')}.", file=sys.stderr)
+
+
+_DONE = {"drop": "dropped", "receipt": "wrote again", "manifest": "removed or wrote again", "commit": "committed"}
+_WOULD = {"drop": "would drop", "receipt": "would write again", "manifest": "would remove or write again",
+          "commit": "would commit"}  # fmt: skip
+_WHAT = {"drop": "shard", "receipt": "receipt", "manifest": "manifest", "commit": "sealed shard"}
+
+
+def _many(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 for _command in (cp_command, export_command, import_command):

@@ -11,9 +11,9 @@ import click
 
 from brainenc.cli.progress import Progress
 from brainenc.datasets.algonauts import Subject
-from brainenc.errors import UsageError
+from brainenc.errors import DataError, UsageError
 from brainenc.featurestore.exports import Exported, adeli_note, export_adeli, export_folder
-from brainenc.featurestore.imports import import_adeli, import_images, import_npy, is_adeli
+from brainenc.featurestore.imports import adeli_import_note, import_adeli, import_images, import_npy, is_adeli
 from brainenc.featurestore.store import open_store
 from brainenc.featurestore.transfer import copy, select_keys
 from brainenc.featurestore.view import FeatureView
@@ -27,7 +27,7 @@ _stage = click.option(
 )
 
 
-@click.command("cp")
+@click.command("cp", epilog="\b\nExample: brainenc store cp gs://lab/features ~/features 'subj01-*/dinov2-base/11.q'")
 @click.argument("source")
 @click.argument("target")
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
@@ -38,8 +38,6 @@ def cp_command(source: str, target: str, keys: tuple[str, ...], stage: bool | No
 
     Every shard is checked when it arrives. What is in the target already is passed over: the same command goes on where
     an interrupted one stopped.
-
-    Example: brainenc store cp gs://lab/features ~/features 'subj01-*/dinov2-base/11.q'
     """
     origin = open_store(source)
     chosen = select_keys(origin, keys)
@@ -65,7 +63,10 @@ def cp_command(source: str, target: str, keys: tuple[str, ...], stage: bool | No
         click.echo("Handed over to the drive, not confirmed: the next run that uses it reads it back.", err=True)
 
 
-@click.command("export")
+@click.command(
+    "export",
+    epilog="\b\nExample: brainenc store export features subj01-train/dinov2-base/11.q --layout adeli --out saved_feats",
+)
 @click.argument("store")
 @click.argument("keys", metavar="KEY...", nargs=-1, required=True)
 @click.option(
@@ -84,8 +85,6 @@ def export_command(
     """Write features as plain NumPy files: the published code's folders (adeli), or one .npy a collection (npy).
 
     A file that is there with the same rows is left alone, one with others is an error.
-
-    Example: brainenc store export features subj01-train/dinov2-base/11.q --layout adeli --out saved_feats
     """
     opened = open_store(store)
     with Progress("export", json_lines=as_json) as progress:
@@ -107,12 +106,15 @@ def export_command(
     _print_exported(made, note, as_json)
 
 
-@click.command("import")
+@click.command(
+    "import",
+    epilog="\b\nExample: brainenc store import features saved_feats/dinov2_q_last/01 --subject-dir data/subj01",
+)
 @click.argument("store")
-@click.argument("path", type=click.Path(path_type=Path, exists=True))
+@click.argument("path", type=click.Path(path_type=Path))
 @click.option("--key", help="Collection to make; for dinov2_q_last/01 it follows from the folder.")
-@click.option("--ids", "ids_file", type=click.Path(path_type=Path, exists=True), help="Stimulus ids, one a line.")
-@click.option("--subject-dir", type=click.Path(path_type=Path, exists=True), help="Take the ids from its images.")
+@click.option("--ids", "ids_file", type=click.Path(path_type=Path), help="Stimulus ids, one a line.")
+@click.option("--subject-dir", type=click.Path(path_type=Path), help="Take the ids from its images.")
 @click.option(
     "--dtype", type=click.Choice(["float16", "float32", "bfloat16"]), help="Storage dtype [default: the file's]."
 )
@@ -126,11 +128,11 @@ def import_command(
     store: str, path: Path, key: str | None, ids_file: Path | None, subject_dir: Path | None, dtype: str | None,
     backbone: str, feature: str, stage: bool | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Take over features made elsewhere: one .npy of rows, dinov2_q_last/01, or a folder with one .npy an image.
-
-    Example: brainenc store import features saved_feats/dinov2_q_last/01 --subject-dir data/subj01
-    """
-    opened = open_store(store, create=True, stage=stage)
+    """Take over features made elsewhere: one .npy of rows, dinov2_q_last/01, or a folder with one .npy an image."""
+    for wanted in (path, ids_file):
+        if wanted is not None and not wanted.exists():
+            raise DataError(f"{wanted} is not there.")
+    opened, note = open_store(store, create=True, stage=stage), ""
     with Progress("import", json_lines=as_json) as progress:
 
         def shown(done: int, total: int) -> None:
@@ -143,6 +145,7 @@ def import_command(
                 else {split: Subject.open(subject_dir).ids(split) for split in ("train", "test")}
             )
             views = import_adeli(opened, path, backbone=backbone, feature=feature, ids=ids, dtype=dtype, progress=shown)
+            note = adeli_import_note(views)
         elif key is None:
             raise UsageError(
                 f"{path} does not say what it holds: name the collection, --key subj01-train/net/layer.facet."
@@ -152,7 +155,7 @@ def import_command(
         else:
             names = _ids(key, ids_file, subject_dir)
             views = [import_npy(opened, key, path, ids=names, dtype=dtype, progress=shown)]
-    _print_imported(opened.url, views, as_json)
+    _print_imported(opened.url, views, note, as_json)
 
 
 def _ids(key: str, ids_file: Path | None, subject_dir: Path | None) -> Sequence[str] | None:
@@ -178,10 +181,12 @@ def _print_exported(made: Sequence[Exported], note: str, as_json: bool) -> None:
         click.echo(note, err=True)
 
 
-def _print_imported(url: str, views: Sequence[FeatureView], as_json: bool) -> None:
+def _print_imported(url: str, views: Sequence[FeatureView], note: str, as_json: bool) -> None:
     if as_json:
         found = [{"key": view.key, "shape": view.shape, "dtype": view.dtype.name} for view in views]
-        click.echo(json.dumps({"store": url, "collections": found}))
+        click.echo(json.dumps({"store": url, "collections": found, "note": note}))
         return
     for view in views:
         click.echo(f"{view.key}: {'x'.join(map(str, view.shape))} {view.dtype}, in {url}")
+    if note:
+        click.echo(note, err=True)

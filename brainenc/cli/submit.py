@@ -50,7 +50,8 @@ def command(runs: Sequence[str], out: Path, only_check: Path | None, all_subject
     with ExitStack() as stack:
         folders = [stack.enter_context(run_to_look_at(run)) for run in runs]
         check, path = _submit(folders, out, only_check)
-    _tell(check, path, as_json)
+        against = _held_against(folders)
+    _tell(check, path, against, as_json)
     return 1 if check.problems or (all_subjects and check.missing) else 0
 
 
@@ -87,9 +88,29 @@ def _shapes(subject: Subject) -> dict[str, tuple[int, int]]:
     return {h: (n, v) for h, v in zip(HEMISPHERES, subject.n_vertices, strict=True)}
 
 
-def _tell(check: SubmissionCheck, path: Path, as_json: bool) -> None:
+def _held_against(runs: Sequence[Path]) -> str:
+    """What the shapes were compared with, and whether the server would compare them with the same."""
+    if not runs:
+        return "the challenge's own subjects"
+    subjects = [_subject_of(run) for run in runs]
+    own = [s.name for s in subjects if _shapes(s) != CHALLENGE_SHAPES.get(s.name)]
+    if not own:
+        return "the subject folders of the runs"
+    return (
+        f"the subject folders of the runs, but {', '.join(own)} there has other shapes than in the challenge: its "
+        "server would refuse these, and so does --check without the runs beside it"
+    )
+
+
+def _tell(check: SubmissionCheck, path: Path, against: str, as_json: bool) -> None:
     if as_json:
-        found = {"zip": str(path), "subjects": check.subjects, "problems": check.problems, "missing": check.missing}
+        found = {
+            "zip": str(path),
+            "against": against,
+            "subjects": check.subjects,
+            "problems": check.problems,
+            "missing": check.missing,
+        }
         click.echo(json.dumps(found))
         return
     click.echo(f"{path}: predictions of {', '.join(check.subjects) or 'nobody'}")
@@ -97,5 +118,7 @@ def _tell(check: SubmissionCheck, path: Path, as_json: bool) -> None:
         click.echo(f"  problem: {problem}")
     if check.missing:
         click.echo(f"  note: the server wants all eight subjects; missing: {', '.join(check.missing)}")
-    if not check.problems:
-        click.echo("  shapes, type, values and folders are as the challenge wants them")
+    if check.problems:
+        click.echo(f"  held against {against}")
+    else:
+        click.echo(f"  type, values and folders are as the challenge wants them; shapes fit {against}")

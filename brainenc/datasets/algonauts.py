@@ -14,10 +14,11 @@ import numpy.typing as npt
 from brainenc.datasets import layout
 from brainenc.datasets.layout import Split
 from brainenc.datasets.mapping import read_mapping
-from brainenc.datasets.rois import HEMISPHERES, ROI_CLASSES, Hemisphere, RoiAtlas
-from brainenc.errors import DataError, NotASubject
+from brainenc.datasets.rois import HEMISPHERES, ROI_CLASSES, Hemisphere, RoiAtlas, check_hemisphere
+from brainenc.errors import DataError, NotASubject, UnknownName
 
 _ROWS_PER_SCAN = 256
+_SPLITS = ("train", "test")
 
 
 class Subject:
@@ -71,7 +72,9 @@ class Subject:
 
         Raises:
             DataError: the folder is not there, or holds no image.
+            UnknownName: no such split.
         """
+        _check_split(split)
         folder = self.folder / layout.images_dir(split)
         found = _list_images(folder)
         if not found:
@@ -86,7 +89,9 @@ class Subject:
 
         Raises:
             DataError: two images have the same id.
+            UnknownName: no such split.
         """
+        _check_split(split)
         folder = self.folder / layout.images_dir(split)
         ids = [layout.stimulus_id(path, folder) for path in self.images(split)]
         if twice := [i for i, n in Counter(ids).items() if n > 1]:
@@ -106,7 +111,10 @@ class Subject:
 
         Raises:
             DataError: not there, not float32, or not one row an image. NaNs are looked for by `require_finite`.
+            UnknownName: no such hemisphere or split.
         """
+        check_hemisphere(hemisphere)
+        _check_split(split)
         path = self._organisers(layout.responses_file(split, hemisphere))
         if path is None:
             raise DataError(f"{self.folder} has no {split} responses ({layout.responses_file(split, hemisphere)}).")
@@ -149,7 +157,9 @@ class Subject:
 
         Raises:
             DataError: its length is not the number of vertices, or it is in percent.
+            UnknownName: no such hemisphere.
         """
+        check_hemisphere(hemisphere)
         path = self._organisers(layout.noise_ceiling_file(hemisphere))
         if path is None:
             return None
@@ -195,6 +205,11 @@ class Subject:
     def _organisers(self, name: str) -> Path | None:
         places = (self.folder / name, layout.organiser_dir(self.folder) / name)
         return next((p for p in places if p.exists()), None)
+
+
+def _check_split(split: str) -> None:
+    if split not in _SPLITS:
+        raise UnknownName("split", split, _SPLITS)
 
 
 def missing_parts(folder: Path) -> list[str]:

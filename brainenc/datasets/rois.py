@@ -42,7 +42,17 @@ ALIASES: Mapping[str, str] = MappingProxyType({"streams_inc": "streams"})
 REMAINDER = "remainder"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def check_hemisphere(hemisphere: str) -> None:
+    """Whether this is one of the two names.
+
+    Raises:
+        UnknownName: it is not, ``"left"`` for instance.
+    """
+    if hemisphere not in HEMISPHERES:
+        raise UnknownName("hemisphere", hemisphere, HEMISPHERES)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class RoiQueries:
     """The queries of one readout, and the vertices whose predictions each of them gives.
 
@@ -71,17 +81,27 @@ class RoiQueries:
         return int(vertices if self.per_vertex else rows)
 
     def masks(self, hemisphere: Hemisphere) -> Bools:
-        """``lh`` or ``rh``."""
+        """``lh`` or ``rh``.
+
+        Raises:
+            UnknownName: neither.
+        """
+        check_hemisphere(hemisphere)
         return self.lh if hemisphere == "lh" else self.rh
 
     def scored(self, hemisphere: Hemisphere) -> Bools:
-        """``lh_scored`` or ``rh_scored``."""
+        """``lh_scored`` or ``rh_scored``; raises as `masks` does."""
+        check_hemisphere(hemisphere)
         return self.lh_scored if hemisphere == "lh" else self.rh_scored
 
     @property
     def covers_all(self) -> bool:
         """Whether every vertex is predicted and scored; a challenge submission needs that."""
         return bool(self.lh_scored.all() and self.rh_scored.all())
+
+    def __repr__(self) -> str:
+        queries = "one query a vertex" if self.per_vertex else f"{len(self.labels)} queries"
+        return f"RoiQueries({self.readout!r}, {queries}, {self.lh.shape[1]} lh and {self.rh.shape[1]} rh vertices)"
 
 
 class RoiAtlas:
@@ -133,7 +153,11 @@ class RoiAtlas:
         """ROI -> bool array of shape (n_vertices,), all classes in published order, and last ``remainder``.
 
         The remainder is what no class but ``streams`` holds. ROIs that are empty in this subject are there, all False.
+
+        Raises:
+            UnknownName: no such hemisphere.
         """
+        check_hemisphere(hemisphere)
         found = {name: mask for c in ROI_CLASSES for name, mask in self._class_masks(hemisphere, c).items()}
         found[REMAINDER] = self._outside(hemisphere, _QUERIED)
         return found

@@ -26,8 +26,7 @@ def suspects(stored: StimulusSet, found: StimulusSet) -> list[int]:
             f"{ids[0].difference(ids[1])}. A stimulus set never changes, because rows are numbered by it: put the "
             "images back, or give the new set a name of its own with --stimuli NAME."
         )
-    pairs = enumerate(zip(stored, found, strict=True))
-    return [row for row, (old, new) in pairs if (old.size, old.stamp) != (new.size, new.stamp)]
+    return stored.touched(found)
 
 
 def changed_rows(

@@ -184,8 +184,8 @@ class ExtractPlan:
         listing = ", ".join(f"{c.key} {format_bytes(c.bytes_left)}" for c in largest)
         return (
             f"{self.store} has {format_bytes(self.disk_free_bytes)} free, but {format_bytes(self.disk_needed_bytes)} "
-            f"are still to be written ({listing}). Make space, ask for fewer features, or name a store elsewhere with "
-            "--store."
+            f"are still to be written ({listing}) and {format_bytes(SPACE_MARGIN)} are to stay free. "
+            "Make space, ask for fewer features, or name a store elsewhere with --store."
         )
 
     def to_dict(self) -> dict[str, Any]:

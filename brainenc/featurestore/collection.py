@@ -15,6 +15,7 @@ from brainenc.featurestore.documents import Json
 from brainenc.featurestore.formats import shard_format
 from brainenc.featurestore.inspection import LocalBytes, PlaceBytes, inspect
 from brainenc.featurestore.places.base import Doubting, Place, ShardCache
+from brainenc.featurestore.resuming import drop_unfit
 from brainenc.featurestore.schema import CollectionSpec, Manifest, Receipt, ShardEntry, differences
 from brainenc.featurestore.staged import look_back
 from brainenc.featurestore.stimuli import StimulusSet
@@ -59,7 +60,10 @@ class Collection:
         if existing is None and not place.create(layout.manifest_file(key, 1), Manifest(spec=spec).to_bytes()):
             existing = cls.open(place, key, cache)  # another driver was faster
         if existing is None:
-            return cls(place, key, spec, cache)
+            made = cls(place, key, spec, cache)
+            if next(iter(place.list(layout.shard_prefix(key))), None) is not None:
+                made.sealed()  # shards whose manifests were lost are taken over, those of another collection removed
+            return made
         if found := differences(existing.spec, spec):
             advice = "Use another name for this one (--name or --stimuli), or another store."
             raise ProvenanceMismatch(f"{key} in {place.url}", found, advice)
@@ -115,12 +119,17 @@ class Collection:
     def sealed(self) -> frozenset[int]:
         """Shards that need not be computed: those with a receipt, and whole ones without, which get theirs now.
 
-        Where a flush is no flush, what earlier sessions handed over is read back first, and dropped if it is not whole.
+        A receipt counts if it can be read, is of this shard, and the file beside it has the size that it says; what is
+        not so is made again from its shard, or dropped. No rows are read for that. Of remote places only receipts that
+        no manifest lists yet are read, one request each. Where a flush is no flush, what earlier sessions handed over
+        is read back first, and dropped if it is not whole.
         """
-        receipts, shards = self.found()
+        listed = self._listed() if self.place.can.fresh_listing else None
+        receipts, shards = self.found() if listed is None else (frozenset(listed[0]), frozenset(listed[1]))
         if isinstance(self.place, Doubting) and not self._looked_back:
             receipts -= look_back(self, receipts, self.place)
             self._looked_back = True
+        receipts -= drop_unfit(self, receipts, None if listed is None else listed[1])
         return receipts | {shard for shard in shards - receipts if self.adopt(shard) is not None}
 
     def receipt(self, shard: int) -> Receipt:
@@ -272,12 +281,17 @@ class Collection:
         """Numbers of the receipts and of the shards that are there."""
         if not self.place.can.fresh_listing:
             return self._probed()
-        receipts, shards = set[int](), set[int]()
+        receipts, shards = self._listed()
+        return frozenset(receipts), frozenset(shards)
+
+    def _listed(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Number -> bytes of the receipts and of the shards, by one listing."""
+        receipts, shards = dict[int, int](), dict[int, int]()
         for entry in self.place.list(layout.shard_prefix(self.key)):
             shard, suffix = layout.shard_number(entry.name) or (-1, "")
             if 0 <= shard < self.n_shards and entry.name == layout.shard_file(self.key, shard, suffix):
-                (receipts if suffix == "json" else shards if suffix == self._format.suffix else set()).add(shard)
-        return frozenset(receipts), frozenset(shards)
+                (receipts if suffix == "json" else shards if suffix == self._format.suffix else {})[shard] = entry.size
+        return receipts, shards
 
     def _probed(self) -> tuple[frozenset[int], frozenset[int]]:
         every = range(self.n_shards)
@@ -290,7 +304,7 @@ class Collection:
         for _ in range(2):
             if self.place.publish(partial, self._shard_file(receipt.shard)):
                 return self._write_receipt(receipt)
-            if (theirs := self._receipt_mended(receipt.shard) or self.adopt(receipt.shard)) is not None:
+            if (theirs := self.receipt_mended(receipt.shard) or self.adopt(receipt.shard)) is not None:
                 return theirs
         raise CorruptData(
             f"{self.place.url}/{self._shard_file(receipt.shard)} is not whole and came back when removed."
@@ -322,11 +336,11 @@ class Collection:
 
     def _extended(self, manifest: Manifest, receipts: Iterable[int]) -> Manifest:
         known = {entry.shard for entry in manifest.shards}
-        found = [self._receipt_mended(shard) for shard in receipts if shard not in known]
+        found = [self.receipt_mended(shard) for shard in receipts if shard not in known]
         new = [ShardEntry.of(receipt) for receipt in found if receipt is not None]
         return Manifest(spec=manifest.spec, shards=_in_order([*manifest.shards, *new]))
 
-    def _receipt_mended(self, shard: int) -> Receipt | None:
+    def receipt_mended(self, shard: int) -> Receipt | None:
         """A receipt; one that is broken is made again from its shard, so that a flipped bit in it stops no driver."""
         try:
             return self._receipt_or_none(shard)

@@ -8,17 +8,23 @@ bytes, or takes the next number on top of what he finds.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from brainenc.errors import CorruptData, StoreError
+from brainenc.errors import CorruptData, StoreError, UsageError
 from brainenc.featurestore import layout
+from brainenc.featurestore.documents import canonical
+from brainenc.featurestore.formats import shard_format
+from brainenc.featurestore.inspection import PlaceBytes, own_note
 from brainenc.featurestore.places.base import Place
-from brainenc.featurestore.schema import CollectionSpec, Manifest
+from brainenc.featurestore.schema import CollectionSpec, Manifest, Receipt
 
 log = logging.getLogger(__name__)
 _TRIES = 1000  # numbers lost to other drivers before something must be wrong
+_ASKED = 16  # files, where manifests alone do not tell which collection lies here
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +58,14 @@ def read(place: Place, key: str, number: int) -> Manifest:
 
     Raises:
         FileNotFoundError: no such number.
-        CorruptData: torn or flipped, or it says something else of the collection than the first manifest.
+        CorruptData: torn or flipped, or it says something else of the collection than the others and the receipts do.
     """
     manifest = _by_itself(place, key, number)
-    if number != 1 and manifest.spec != _fixed(place, key):
+    if not _belongs(place, key, number, manifest):
         raise CorruptData(
             f"{place.url}/{layout.manifest_file(key, number)} is the manifest of another collection: what it says of "
-            "identity, rows or shards is not what the first manifest fixed. `brainenc store repair` removes it."
+            "identity, rows or shards is not what the other manifests and the shards here say. `brainenc store "
+            "repair` removes it; the same extraction then goes on from the shards that are there."
         )
     return manifest
 
@@ -68,14 +75,48 @@ def _by_itself(place: Place, key: str, number: int) -> Manifest:
     return Manifest.from_bytes(place.read(name), f"{place.url}/{name}")
 
 
-def _fixed(place: Place, key: str) -> CollectionSpec | None:
-    """What the first manifest fixed; where it is broken or gone, the lowest whole one speaks for it."""
+def _belongs(place: Place, key: str, number: int, manifest: Manifest) -> bool:
+    """Whether a manifest is one of this collection: equal to the first, or the first to the newest, is the rule."""
+    if manifest.spec.stimuli != layout.parse_key(key).stimuli:
+        return False
+    other = 1 if number != 1 else max(numbers(place, key), default=1)
+    if other == number:  # alone: only what is sealed can speak against it, where nothing there speaks for it
+        receipts, shards = (Counter[str](), Counter[str]()) if manifest.shards else _papers(place, key)
+        return not receipts or manifest.spec.checksum in receipts + shards
     with contextlib.suppress(FileNotFoundError, CorruptData):
-        return _by_itself(place, key, 1).spec
+        if _by_itself(place, key, other).spec == manifest.spec:
+            return True
+    return manifest.spec == _agreed(place, key)
+
+
+def _agreed(place: Place, key: str) -> CollectionSpec | None:
+    """What the collection is where its manifests disagree: what most receipts say, then most manifests, then the
+    lowest."""
+    specs: dict[bytes, CollectionSpec] = {}
+    votes = Counter[bytes]()
     for number in numbers(place, key):
         with contextlib.suppress(FileNotFoundError, CorruptData):
-            return _by_itself(place, key, number).spec
-    return None
+            spec = _by_itself(place, key, number).spec
+            if spec.stimuli == layout.parse_key(key).stimuli:
+                specs.setdefault(canonical(spec.to_json()), spec)
+                votes[canonical(spec.to_json())] += 1
+    papers = sum(_papers(place, key), Counter[str]()) if len(specs) > 1 else Counter[str]()
+    return max(specs.items(), key=lambda item: (papers[item[1].checksum], votes[item[0]]), default=(b"", None))[1]
+
+
+def _papers(place: Place, key: str) -> tuple[Counter[str], Counter[str]]:
+    """Which collections some of the receipts, and of the shards, that lie here say they are of."""
+    receipts, shards = Counter[str](), Counter[str]()
+    for entry in itertools.islice(place.list(layout.shard_prefix(key)), _ASKED):
+        suffix = (layout.shard_number(entry.name) or (0, ""))[1]
+        with contextlib.suppress(FileNotFoundError, CorruptData, UsageError):
+            if suffix == "json":
+                receipt = Receipt.from_bytes(place.read(entry.name), f"{place.url}/{entry.name}")
+                receipts[receipt.note.collection] += 1
+            else:
+                note = own_note(PlaceBytes(place, entry.name, entry.size), shard_format(suffix))
+                shards[note.collection] += 1
+    return receipts, shards
 
 
 def latest(place: Place, key: str) -> Commit | None:

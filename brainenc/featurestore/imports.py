@@ -10,7 +10,15 @@ import numpy as np
 
 from brainenc.errors import DataError
 from brainenc.featurestore import layout
-from brainenc.featurestore.arrays import ADELI_SPLITS, IDS_FILE, Progress, batches, open_npy
+from brainenc.featurestore.arrays import (
+    ADELI_FEATURES,
+    ADELI_SHAPE,
+    ADELI_SPLITS,
+    IDS_FILE,
+    Progress,
+    batches,
+    open_npy,
+)
 from brainenc.featurestore.external import ExternalWriter
 from brainenc.featurestore.store import FeatureStore
 from brainenc.featurestore.view import FeatureView
@@ -68,19 +76,37 @@ def import_adeli(
         progress: told after each batch.
 
     Raises:
-        DataError: not such a folder.
+        DataError: not such a folder, or its files' rows have different shapes.
     """
     found = _adeli_folder(folder)
     if found is None:
         raise DataError(f"{folder} is no folder such as dinov2_q_last/01 with train.npy (and synt.npy) in it.")
     folder = found
+    files = {split: folder / name for split, name in ADELI_SPLITS.items() if (folder / name).exists()}
+    shapes = {path.name: open_npy(path).shape[1:] for path in files.values()}
+    if len(set(shapes.values())) > 1:
+        sides = ", ".join(f"{name} of {_by(shape)}" for name, shape in shapes.items())
+        raise DataError(
+            f"{folder} holds rows of different shapes: {sides}. They are not one feature; export both again."
+        )
     views = []
-    for split, name in ADELI_SPLITS.items():
-        if (folder / name).exists():
-            key = f"subj{folder.name}-{split}/{backbone}/{feature}"
-            names = None if ids is None else ids.get(split)
-            views.append(import_npy(store, key, folder / name, ids=names, dtype=dtype, progress=progress))
+    for split, path in files.items():
+        key = f"subj{folder.name}-{split}/{backbone}/{feature}"
+        names = None if ids is None else ids.get(split)
+        views.append(import_npy(store, key, path, ids=names, dtype=dtype, progress=progress))
     return views
+
+
+def adeli_import_note(views: Sequence[FeatureView]) -> str:
+    """What to say of features that are not what the published code writes; empty if there is nothing to say."""
+    odd = [view for view in views if view.shape[1:] != ADELI_SHAPE]
+    if not odd:
+        return ""
+    return (
+        f"Note: {odd[0].key} has rows of {_by(odd[0].shape[1:])}; the published code's {ADELI_FEATURES} are "
+        f"{_by(ADELI_SHAPE)}, the last block's q of DINOv2-B. If these are of another backbone or layer, import them "
+        "into another store with --backbone and --feature."
+    )
 
 
 def import_images(
@@ -135,6 +161,7 @@ def _writer(
     store: FeatureStore, key: str, ids: Sequence[str], row_shape: tuple[int, ...], dtype: str
 ) -> ExternalWriter:
     """A writer whose stimulus set may exist already, with more known of each image than its id."""
+    _check_width(store, key, row_shape)
     name = layout.parse_key(key).stimuli
     if name not in store.stimuli_names():
         return store.writer(key, ids=ids, row_shape=row_shape, dtype=dtype)
@@ -153,6 +180,23 @@ def _writer(
         rows_per_shard=max(1, _SHARD_BYTES // max(row_bytes, 1)),
     )  # fmt: skip
     return ExternalWriter(collection, {})
+
+
+def _check_width(store: FeatureStore, key: str, row_shape: tuple[int, ...]) -> None:
+    """One feature of one backbone has one width, whatever images it was made of."""
+    feature = key.partition("/")[2]
+    for other in store:
+        if other != key and other.partition("/")[2] == feature:
+            theirs = store.collection(other).row_shape
+            if theirs[-1] != row_shape[-1]:
+                raise DataError(
+                    f"rows of {_by(row_shape)} came for {key}, but {other} in {store.url} has rows of {_by(theirs)}: "
+                    "one feature has one width. Give what this is another backbone or layer name in the key."
+                )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _storable(dtype: np.dtype) -> str:

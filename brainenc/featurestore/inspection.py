@@ -124,6 +124,15 @@ def frame_checksum(head: bytes, tail: bytes, noted: bytes, note: Note) -> str:
     return digest(head + tail.replace(noted, blank))
 
 
+def own_note(file: Bytes, form: ShardFormat) -> Note:
+    """What a shard says of itself, by its tail alone; nothing is checked.
+
+    Raises:
+        CorruptData: torn, or no shard.
+    """
+    return _note(_end(file, form), file.where)
+
+
 def _end(file: Bytes, form: ShardFormat) -> bytes:
     """The note's bytes."""
     try:

@@ -66,7 +66,7 @@ def verify(store: FeatureStore, keys: Sequence[str] | None = None, *, progress: 
         KeyNotFound: there is no such collection.
     """
     started = time.monotonic()
-    findings = [] if keys is not None else _check_stimuli(store)
+    findings = [] if keys is not None else [*_check_stimuli(store), *_check_hidden(store)]
     todo: list[tuple[Collection, dict[int, ShardEntry], int]] = []
     for key in list(store) if keys is None else keys:
         broken, collection = _open(store, key)
@@ -177,14 +177,33 @@ def _check_stimuli(store: FeatureStore) -> list[Finding]:
     return found
 
 
+def _check_hidden(store: FeatureStore) -> list[Finding]:
+    """Shards that no manifest speaks for: nothing else in the store shows that they are there."""
+    found = []
+    for key in store.folders():
+        shards = next(iter(store.place.list(layout.shard_prefix(key))), None)
+        if shards is not None and key not in store:
+            text = (
+                f"{store.url}/{key} has shards but no manifest, so that readers do not see it. The extraction or copy "
+                "that made it, run again, writes one and takes the shards over; if nobody wants it, remove the folder"
+            )
+            found.append(Finding(key=key, shard=None, problem=text, cure=""))
+    return found
+
+
 def _open(store: FeatureStore, key: str) -> tuple[list[Finding], Collection | None]:
     """Broken manifests, and the collection by its newest whole one."""
     found = []
-    for number in commit.numbers(store.place, key):
+    numbers = commit.numbers(store.place, key)
+    for number in numbers:
         try:
             commit.read(store.place, key, number)
         except CorruptData as error:
             found.append(Finding(key=key, shard=None, problem=str(error), cure="manifest"))
+    if numbers and numbers[0] != 1:
+        name = f"{store.url}/{layout.manifest_file(key, 1)}"
+        text = f"{name} is gone: other programs may not see the collection. `brainenc store repair` writes it again"
+        found.append(Finding(key=key, shard=None, problem=text, cure="manifest"))
     try:
         return found, store.collection(key)
     except CorruptData:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from brainenc.errors import KeyNotFound, NotAStore, StimuliChanged, UnknownName
-from brainenc.featurestore import layout
+from brainenc.errors import KeyNotFound, NotAStore, StimuliChanged, UnknownName, UsageError
+from brainenc.featurestore import commit, layout
 from brainenc.featurestore.collection import Collection
 from brainenc.featurestore.documents import canonical, read_document, write_document
 from brainenc.featurestore.dtypes import logical_dtype
@@ -19,6 +19,7 @@ from brainenc.featurestore.places import Place, ShardCache, open_place
 from brainenc.featurestore.schema import CollectionSpec
 from brainenc.featurestore.stimuli import StimulusSet
 from brainenc.featurestore.view import FeatureView
+from brainenc.units import parse_bytes
 
 
 def open_store(
@@ -37,7 +38,9 @@ def open_store(
     Raises:
         NotAStore: there is none, or one of a newer version.
         PlaceUnfit: the place cannot do what a store needs.
+        UsageError: ``cache_bytes`` is no size.
     """
+    budget = None if cache_bytes is None else parse_bytes(cache_bytes)  # also where no cache will be
     place = open_place(url, create=create, stage=stage)
     if create:
         place.create(layout.STORE_FILE, _STORE)
@@ -46,16 +49,16 @@ def open_store(
     except FileNotFoundError as error:
         raise NotAStore(f"{place.url} is no feature store: it has no {layout.STORE_FILE}.") from error
     read_document("store", found, f"{place.url}/{layout.STORE_FILE}")
-    return FeatureStore(place, None if place.can.mappable else _open_cache(cache_dir, cache_bytes))
+    return FeatureStore(place, None if place.can.mappable else _open_cache(cache_dir, budget))
 
 
 _STORE = write_document("store", {})
 
 
-def _open_cache(directory: Path | None, budget: int | str | None) -> ShardCache | None:
+def _open_cache(directory: Path | None, budget: int | None) -> ShardCache | None:
     from brainenc.featurestore.cache import DiskCache
 
-    return None if budget in (0, "0") else DiskCache(directory, budget)
+    return None if budget == 0 else DiskCache(directory, budget)
 
 
 class FeatureStore:
@@ -79,15 +82,19 @@ class FeatureStore:
         return list(self)
 
     def __iter__(self) -> Iterator[str]:
+        return (key for key in self.folders() if key in self)
+
+    def folders(self) -> Iterator[str]:
+        """Names of the folders in which collections lie or might."""
         for stimuli in self.place.folders():
             for backbone in self.place.folders(f"{stimuli}/"):
                 for feature in self.place.folders(f"{stimuli}/{backbone}/"):
-                    key = f"{stimuli}/{backbone}/{feature}"
-                    if key in self:
-                        yield key
+                    if _is_key(f"{stimuli}/{backbone}/{feature}"):
+                        yield f"{stimuli}/{backbone}/{feature}"
 
     def __contains__(self, key: str) -> bool:
-        return self.place.size(layout.manifest_file(key, 1)) is not None
+        first = self.place.size(layout.manifest_file(key, 1)) is not None
+        return first or bool(commit.numbers(self.place, key))  # one that lost its first manifest is not gone
 
     def __getitem__(self, key: str) -> FeatureView:
         """The committed rows of a collection.
@@ -239,6 +246,14 @@ class FeatureStore:
 
 
 _SHARD_BYTES = 256 << 20
+
+
+def _is_key(text: str) -> bool:
+    try:
+        layout.parse_key(text)
+    except UsageError:
+        return False
+    return True
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from brainenc.featurestore.places.base import Place, ShardCache
 from brainenc.featurestore.rows import as_rows, per_shard, present_rows
 from brainenc.featurestore.schema import CollectionSpec, Manifest
 from brainenc.featurestore.sources import RangedSource, Source, open_source
+from brainenc.featurestore.stimuli import StimulusSet
 
 _SMALL_RUN = 32 << 10
 """Rows shorter than this are copied from maps by NumPy: a system call for each would cost more than the bytes."""
@@ -81,6 +82,12 @@ class FeatureView:
         """Stimulus ids, in the order of rows."""
         ids = self._collection.stimuli.ids
         return list(ids) if self._rows is None else [ids[row] for row in self._rows]
+
+    @property
+    def stimuli(self) -> StimulusSet:
+        """What is known of each row's image: id, address, size and stamp when it was listed; in the order of rows."""
+        stimuli = self._collection.stimuli
+        return stimuli if self._rows is None else stimuli.take(self._rows)
 
     @property
     def present(self) -> np.ndarray:

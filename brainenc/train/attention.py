@@ -91,7 +91,8 @@ def maps_of_run(opened: OpenRun, part: Part, stimuli: Sequence[str], out: Path) 
     places = {stimulus: i for i, stimulus in enumerate(samples.ids)}
     for stimulus in stimuli:
         if stimulus not in places:
-            raise UnknownName(f"{split} image", stimulus, samples.ids[:5], f"{opened.config.subject_dir}, for instance")
+            shown = [*samples.ids[:5], *(["..."] if len(samples.ids) > 5 else [])]
+            raise UnknownName(f"{split} image", stimulus, shown, str(opened.config.subject_dir))
     chosen = np.array([places[stimulus] for stimulus in stimuli])
     rows = [view.gather(r[chosen]) for view, r in zip(samples.views, samples.feature_rows, strict=True)]
     device = next(opened.predictor.model.parameters()).device
@@ -101,6 +102,14 @@ def maps_of_run(opened: OpenRun, part: Part, stimuli: Sequence[str], out: Path) 
     identity = getattr(samples.views[0], "identity", None) or {}
     model: Any = opened.predictor.model
     yield from write_maps(out, roi_attention(model, features), images, identity.get("preprocessing"))
+
+
+def n_files(model: torch.nn.Module, n_images: int) -> int:
+    """How many files `maps_of_run` writes for so many images."""
+    if not isinstance(model, QueryEncoder):
+        return 0
+    rois = sum(int(model.queries.masks(hemisphere).any(axis=1).sum()) for hemisphere in HEMISPHERES)
+    return len(HEMISPHERES) + 1 + n_images * rois
 
 
 def covered_box(image_size: tuple[int, int], preprocessing: Mapping[str, Any] | None) -> Box:

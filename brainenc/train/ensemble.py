@@ -77,6 +77,8 @@ def ensemble(runs: Sequence[str | Path], out: str | Path, *, temperature: float 
     """
     folders = [RunFolder(Path(run).absolute()) for run in runs]
     target = RunFolder(Path(out).absolute())
+    if target.config_file.exists():
+        raise UsageError(f"{target.path} holds a run already: choose another --out for the ensemble, or remove it.")
     subject = _common_subject(folders, temperature)
     gathered = {h: _gather(folders, h) for h in HEMISPHERES}
     target.create(replace(folders[0].config(), out=str(target.path)))

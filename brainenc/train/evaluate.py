@@ -13,8 +13,9 @@ import torch
 
 from brainenc import atomic
 from brainenc.datasets.algonauts import Subject
+from brainenc.datasets.rois import HEMISPHERES
 from brainenc.errors import DataError, UsageError
-from brainenc.scoring import StreamingPearson
+from brainenc.scoring import StreamingPearson, pearson
 from brainenc.train.config import TrainConfig
 from brainenc.train.data import Samples
 from brainenc.train.encoders.base import RIDGE
@@ -86,12 +87,47 @@ def evaluate(
     r_lh, r_rh = correlate(opened, samples, progress)
     table = {"split": part, "n_images": len(samples), "checkpoint": opened.checkpoint}
     table |= summarise(r_lh, r_rh, opened.subject)
-    opened.folder.predictions.mkdir(exist_ok=True)
-    for hemisphere, r in (("lh", r_lh), ("rh", r_rh)):
-        save_array(opened.folder.predictions / f"{hemisphere}_{part}_corr.npy", r.astype(np.float32))
-    name = "scores.json" if part == "val" else f"scores_{part}.json"
-    atomic.replace(opened.folder.path / name, json.dumps(table, indent=1).encode() + b"\n")
+    _keep(opened.folder, part, table, r_lh, r_rh)
     return table
+
+
+def evaluate_ridge(run: str | Path, part: Part = "val") -> dict[str, Any] | None:
+    """Scores of a ridge run, by the predictions that it left: it has no weights. None: the run is no ridge run.
+
+    Raises:
+        UsageError: no run there, or predictions that a ridge run does not keep.
+        DataError: the test responses are not there; only the organisers have them.
+    """
+    folder = RunFolder(Path(run).absolute())
+    config = folder.config()
+    if config.encoder.encoder != "ridge":
+        return None
+    files = [folder.predictions / f"{hemisphere}_pred_{part}.npy" for hemisphere in HEMISPHERES]
+    files += [folder.scores_file] if part == "val" else []
+    if part == "train" or not all(file.exists() for file in files):
+        kept = sorted(file.name for file in folder.predictions.glob("*_pred_*.npy"))
+        raise UsageError(
+            f"{folder.path} is a ridge run: it has no weights, only predictions, and of its {part} images it has none "
+            f"({', '.join(kept) or 'nothing'} is there)."
+        )
+    subject = Subject.open(config.subject_dir)
+    predicted = [np.load(file, mmap_mode="r") for file in files[:2]]
+    table = {"split": part, "n_images": len(predicted[0]), "checkpoint": "ridge"}
+    if part == "val":
+        scores: dict[str, Any] = json.loads(folder.scores_file.read_text())
+        return table | scores
+    r_lh, r_rh = (pearson(p, subject.responses(h, "test")) for p, h in zip(predicted, HEMISPHERES, strict=True))
+    table |= summarise(r_lh, r_rh, subject)
+    _keep(folder, part, table, r_lh, r_rh)
+    return table
+
+
+def _keep(folder: RunFolder, part: Part, table: dict[str, Any], r_lh: Floats, r_rh: Floats) -> None:
+    folder.predictions.mkdir(exist_ok=True)
+    for hemisphere, r in (("lh", r_lh), ("rh", r_rh)):
+        save_array(folder.predictions / f"{hemisphere}_{part}_corr.npy", r.astype(np.float32))
+    name = "scores.json" if part == "val" else f"scores_{part}.json"
+    atomic.replace(folder.path / name, json.dumps(table, indent=1).encode() + b"\n")
 
 
 def part_samples(opened: OpenRun, part: Part) -> Samples:

@@ -107,6 +107,30 @@ def _match(ids: Sequence[str], view: View, name: str, subject: Subject, split: S
     return np.array([rows[i] for i in ids], dtype=np.int64)
 
 
+def other_images(samples: Samples, subject: Subject, split: Split, features: Sequence[str]) -> str:
+    """What to say where images are of another size in bytes than those that features were made of; else empty.
+
+    Only the size: a copy of a subject folder has other modification times. Features of other sources of the same
+    images (``nsd_stimuli.hdf5``, another format) tell nothing.
+    """
+    for name, view, rows in zip(features, samples.views, samples.feature_rows, strict=True):
+        stimuli: Any = getattr(view, "stimuli", None)
+        if stimuli is None:
+            continue
+        pairs = zip(subject.images(split), stimuli.take(rows), strict=True)
+        known = [(path, s.size) for path, s in pairs if s.size is not None and s.uri.endswith(path.suffix)]
+        other = [(path, size, now) for path, size in known if (now := path.stat().st_size) != size]
+        if other:
+            path, size, now = other[0]
+            return (
+                f"WARNING: {len(other)} of {len(rows)} {split} images of {subject.folder} are not the files that "
+                f"{name} was extracted from, though they have their names: {path.name} has {now} bytes, it had {size}. "
+                "If they show something else (renamed, rotated, another subject), features and responses do not belong "
+                "together: extract into another store from this folder and train on that."
+            )
+    return ""
+
+
 def usable(samples: Samples) -> npt.NDArray[np.bool_]:
     """Mask of the samples whose features are all there."""
     mask = np.ones(len(samples), dtype=bool)

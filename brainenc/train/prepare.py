@@ -14,7 +14,7 @@ from brainenc.train import checkpoint
 from brainenc.train.config import TrainConfig
 from brainenc.train.encoders.base import RIDGE
 from brainenc.train.guarding import thresholds
-from brainenc.train.inputs import OpenViews, open_samples, provenance, read_split, split_samples, usable
+from brainenc.train.inputs import OpenViews, open_samples, other_images, provenance, read_split, split_samples, usable
 from brainenc.train.model import check_encoder
 from brainenc.train.run_folder import RunFolder, save_array
 
@@ -40,6 +40,8 @@ def check(config: TrainConfig, open_views: OpenViews, *, note: Callable[[str], N
         encoder = replace(config.encoder, readout=queries.readout)
         check_encoder(encoder, queries, channels=samples.layout.channels, grid=samples.layout.grid)
     _same_data(config, provenance(config, subject, samples, len(train)))
+    if warning := other_images(samples, subject, "train", config.features):
+        note(warning)
     for hemisphere in HEMISPHERES:
         subject.require_finite(hemisphere)
     if missing := int((~usable(samples)).sum()):

@@ -53,6 +53,30 @@ def test_time_left_follows_the_rate():
     assert stream.getvalue() == "train: 1/4, 1 min left\n"
 
 
+def test_no_time_left_is_told_while_no_rate_is_known():
+    """The first progress waits for everything to start: what follows from it is alarming, and wrong."""
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress("extract", stream=stream, clock=clock)
+    for done, now in ((0, 0.0), (1, 60.0), (2, 61.0), (40, 100.0)):
+        clock.now = now
+        progress.update(done, 1000)
+        progress.close()
+
+    first, second, third = stream.getvalue().splitlines()[-3:]
+    assert "left" not in first + second
+    assert third == "extract: 40/1000, 16 min left"
+
+
+def test_what_was_done_before_this_run_is_no_part_of_its_rate():
+    clock, stream = Clock(), io.StringIO()
+    progress = Progress("train", stream=stream, clock=clock)
+    for done, now in ((900, 0.0), (901, 10.0), (910, 100.0)):
+        clock.now = now
+        progress.update(done, 1000)
+
+    assert stream.getvalue().splitlines()[-1] == "train: 910/1000, 15 min left"
+
+
 def test_json_lines_are_objects():
     records = [json.loads(line) for line in run(io.StringIO(), json_lines=True).splitlines()]
 

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -66,13 +67,13 @@ def test_verify_names_the_bad_shard_repair_drops_it_verify_is_content(store, cap
     assert run(["store", "verify", str(store), KEY]) == 1
     assert f"BAD {KEY} shard 1" in capsys.readouterr().out
     assert run(["store", "repair", str(store), "--dry-run"]) == 0
-    assert "Would drop 1 shards" in capsys.readouterr().out
+    assert "Would drop 1 shard" in capsys.readouterr().out
     assert run(["store", "verify", str(store), "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
     assert result["findings"][0]["shard"] == 1
     assert not result["whole"]
     assert run(["store", "repair", str(store)]) == 0
-    assert "Dropped 1 shards" in capsys.readouterr().out
+    assert "Dropped 1 shard" in capsys.readouterr().out
     assert run(["store", "verify", str(store), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["whole"]
     assert open_store(store).collection(KEY).sealed() == {0, 2, 3, 4}
@@ -90,7 +91,7 @@ def test_gc_says_how_much(store, capsys):
     partial.write_bytes(b"x" * 2_000_000)
     os.utime(partial, (time.time() - 300,) * 2)
     assert run(["store", "gc", str(store), "--dry-run"]) == 0
-    assert "Would remove 1 files, 2 MB" in capsys.readouterr().out
+    assert "Would remove 1 file, 2 MB" in capsys.readouterr().out
     assert partial.exists()
     assert run(["store", "gc", str(store), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bytes"] == 2_000_000
@@ -114,3 +115,11 @@ def test_no_store_is_one_sentence_and_exit_code_1(tmp_path, capsys, command):
 def test_an_unknown_collection_is_answered_with_those_there_are(store, capsys):
     assert run(["store", "info", str(store), "a/b/c.d"]) == 1
     assert KEY in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_is_one_line(store, monkeypatch, capsys):
+    monkeypatch.setattr("brainenc.cli.store.open_store", lambda url: Path("/proc/self/mem/nothing").read_text())
+    assert run(["store", "ls", str(store)]) == 1
+    err = capsys.readouterr().err
+    assert "the system refused: [Errno 20]" in err
+    assert "Traceback" not in err

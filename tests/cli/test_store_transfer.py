@@ -68,7 +68,9 @@ def test_import_of_the_old_codes_files(store, tmp_path, capsys):
     again = str(tmp_path / "again")
     folder = str(tmp_path / "out/dinov2_q_last/01")
     assert run(["store", "import", again, folder, "--dtype", "float16"]) == 0
-    assert f"{TRAIN}: 6x4x3 float16" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{TRAIN}: 6x4x3 float16" in said.out
+    assert "has rows of 4 x 3; the published code's dinov2_q_last are 962 x 768" in said.err
     assert np.array_equal(open_store(again)[TEST][:], store[TEST][:])
 
 
@@ -87,6 +89,27 @@ def test_import_of_one_file_and_of_one_file_an_image(tmp_path, capsys):
     opened = open_store(store)
     assert opened["s/net/1.q"].ids == ["nsd-00005", "nsd-00006", "nsd-00007"]
     assert opened["t/net/1.q"].ids == ["a", "b", "c"]
+
+
+def test_import_of_rows_of_another_width_is_refused(tmp_path, capsys):
+    store = str(tmp_path / "s")
+    for name, shape in (("train", (3, 4, 6)), ("synt", (2, 4, 5)), ("same", (2, 9, 6))):
+        (tmp_path / "01").mkdir(exist_ok=True)
+        np.save(tmp_path / f"01/{name}.npy", np.ones(shape, np.float32))
+    assert run(["store", "import", store, str(tmp_path / "01")]) == 1
+    assert "different shapes: train.npy of 4 x 6, synt.npy of 4 x 5" in capsys.readouterr().err
+    assert open_store(store).keys() == []
+    assert run(["store", "import", store, str(tmp_path / "01/train.npy"), "--key", "a-train/net/1.q"]) == 0
+    assert run(["store", "import", store, str(tmp_path / "01/synt.npy"), "--key", "a-test/net/1.q"]) == 1
+    assert "one feature has one width" in capsys.readouterr().err
+    assert run(["store", "import", store, str(tmp_path / "01/same.npy"), "--key", "a-test/net/1.q"]) == 0
+    assert open_store(store).keys() == ["a-test/net/1.q", "a-train/net/1.q"]
+
+
+def test_import_into_a_file_is_said(tmp_path, capsys):
+    np.save(tmp_path / "rows.npy", np.ones((3, 2), np.float32))
+    assert run(["store", "import", str(tmp_path / "rows.npy"), str(tmp_path / "rows.npy"), "--key", "a/b/1.q"]) == 1
+    assert "rows.npy is a file: a feature store is a folder" in capsys.readouterr().err
 
 
 def test_import_without_a_key_says_how_to_give_one(tmp_path, capsys):

@@ -8,7 +8,7 @@ import pytest
 
 from brainenc.datasets.algonauts import Subject, not_finite
 from brainenc.datasets.rois import HEMISPHERES
-from brainenc.errors import DataError, NotASubject
+from brainenc.errors import DataError, NotASubject, UnknownName
 
 from .conftest import SIZES
 
@@ -30,6 +30,16 @@ def test_an_image_without_an_nsd_id_is_called_by_its_path(broken):
     first = min(folder.iterdir())
     first.rename(folder / "a-photo.png")
     assert Subject.open(broken).ids("train")[0] == "a-photo.png"
+
+
+def test_what_is_no_hemisphere_or_split_is_told_those_there_are(made):
+    subject, _ = made
+    for ask in (subject.responses, subject.noise_ceiling):
+        with pytest.raises(UnknownName, match=r"no hemisphere 'left'.* lh, rh"):
+            ask("left")
+    for ask in (subject.images, subject.ids, lambda split: subject.responses("lh", split)):
+        with pytest.raises(UnknownName, match=r"no split 'val'.* train, test"):
+            ask("val")
 
 
 def test_responses_are_a_read_only_map_or_a_copy(made):

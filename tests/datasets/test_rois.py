@@ -106,3 +106,15 @@ def test_masks_of_different_lengths_are_refused():
     labels["lh"]["streams"] = np.zeros(6, int)
     with pytest.raises(DataError, match="differ in length"):
         RoiAtlas(labels)
+
+
+def test_what_is_no_hemisphere_is_told_those_there_are():
+    atlas = small_atlas()
+    for ask in (atlas.masks, atlas.queries("streams").masks, atlas.queries("streams").scored):
+        with pytest.raises(UnknownName, match=r"no hemisphere 'left'.* lh, rh"):
+            ask("left")
+
+
+def test_queries_show_what_they_are_and_not_their_masks():
+    assert repr(small_atlas().queries("rois_all")).startswith("RoiQueries('rois_all', 25 queries, ")
+    assert "one query a vertex" in repr(small_atlas().queries("voxels"))

@@ -362,6 +362,8 @@ def test_unknown_arithmetic_says_what_there_is(dino):
     [
         ("nosuch/backbone", ["save_pretrained", "facebook/dinov2-base"]),
         ("/nowhere/at/all", ["save_pretrained"]),
+        ("dinov2_qq", ["Did you mean 'dinov2_q'", "the presets dinov2_q, ", "not asked"]),
+        ("facebook/dinov2-bsae", ["Did you mean 'facebook/dinov2-base'"]),
         ("open_clip:NoSuchModel/openai", ["ViT-B-32"]),
         ("open_clip:ViT-B-32", ["openai", "laion2b_s34b_b79k"]),
         ("open_clip:ViT-B-32/nosuchtag", ["openai", "checkpoint file"]),

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from brainenc.errors import CorruptData, ShardSealed, StoreError, UsageError, ValueNotStorable
 from brainenc.featurestore import commit, open_store
+from brainenc.featurestore.collection import Collection
 from brainenc.featurestore.dtypes import logical_dtype, to_storage
+from brainenc.featurestore.recovery import verify
 from brainenc.featurestore.schema import Manifest
 from tests.featurestore.making import KEY, fill, make_collection, tree, values
 
@@ -422,3 +424,57 @@ def test_a_receipt_under_an_odd_name_counts_for_nothing(tmp_path):
     fill(collection, values(23), shards=[0])
     os.rename(tmp_path / KEY / "shard-00000.json", tmp_path / KEY / "shard-000000.json")
     assert collection.found() == (frozenset(), frozenset({0}))
+
+
+class TestGoingOn:
+    """What a resumed run believes: receipts that can be read and go with the file beside them."""
+
+    @pytest.fixture(params=["committed", "uncommitted"])
+    def collection(self, tmp_path, request):
+        collection = make_collection(tmp_path / "store")
+        fill(collection, values(23))
+        if request.param == "committed":
+            collection.commit()
+        return collection
+
+    @staticmethod
+    def damage(collection, how):
+        folder = collection.place.root / KEY
+        receipt, shard = folder / "shard-00002.json", folder / "shard-00002.arrow"
+        if how == "torn receipt":
+            receipt.write_bytes(receipt.read_bytes()[:-30])
+        elif how == "empty receipt":
+            receipt.write_bytes(b"")
+        elif how == "another shard's receipt":
+            receipt.write_bytes((folder / "shard-00001.json").read_bytes())
+        elif how == "shard cut short":
+            shard.write_bytes(shard.read_bytes()[:-30])
+        elif how == "shard gone":
+            shard.unlink()
+        else:
+            receipt.write_bytes(b"{}")
+            shard.write_bytes(shard.read_bytes()[:-30])
+
+    @pytest.mark.parametrize("how", ["torn receipt", "empty receipt", "another shard's receipt"])
+    def test_a_bad_receipt_of_a_whole_shard_is_made_again(self, collection, how):
+        before = tree(collection.place.root)
+        self.damage(collection, how)
+        assert collection.sealed() == frozenset(range(5))
+        assert tree(collection.place.root) == before
+
+    @pytest.mark.parametrize("how", ["shard cut short", "shard gone", "both broken"])
+    def test_a_receipt_without_its_shard_counts_for_nothing(self, collection, how):
+        self.damage(collection, how)
+        assert collection.sealed() == {0, 1, 3, 4}
+        assert "shard-00002" not in " ".join(tree(collection.place.root))
+        fill(collection, values(23), shards=[2], environment={"torch": "3"})
+        collection.commit()
+        assert verify(open_store(collection.place.root)).whole
+        np.testing.assert_array_equal(collection.view()[:], values(23))
+
+    def test_no_rows_of_the_others_are_read(self, collection, monkeypatch):
+        read, real = [], Collection.inspect
+        monkeypatch.setattr(Collection, "inspect", lambda self, n, **how: (read.append(n), real(self, n, **how))[1])
+        self.damage(collection, "torn receipt")
+        collection.sealed()
+        assert read == [2]

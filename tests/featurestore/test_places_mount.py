@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brainenc.errors import NoSpace, NotAStore, TransferFailed
+from brainenc.errors import NoSpace, NotAStore, PlaceUnfit, TransferFailed
 from brainenc.featurestore import open_store
 from brainenc.featurestore.places import open_place
 from brainenc.featurestore.places.local import LocalPlace
@@ -52,6 +52,25 @@ class TestRecognition:
     def test_a_folder_that_is_not_there_is_no_store(self, tmp_path):
         with pytest.raises(NotAStore, match="Is the drive mounted"):
             open_place(tmp_path / "absent", stage=True)
+
+
+def test_folders_follows_no_link_out_of_the_store(tmp_path):
+    place = MountPlace.open(tmp_path / "drive", create=True)
+    (tmp_path / "drive" / "set").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "drive" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert place.folders() == ["set"]
+
+
+@pytest.mark.parametrize("stage", [False, True])
+@pytest.mark.parametrize("inside", ["", "/store"])
+def test_a_file_where_the_folder_should_be_is_said(tmp_path, stage, inside):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(PlaceUnfit, match="file"):
+        open_place(f"{tmp_path}/file{inside}", create=True, stage=stage)
+    with pytest.raises(NotAStore):
+        open_place(f"{tmp_path}/file{inside}", stage=stage)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 class TestFiles(PlaceContract):

@@ -1,6 +1,7 @@
 """How often a remote place is asked again, and what never shows in a message."""
 
 import pickle
+import time
 
 import pytest
 from hypothesis import given
@@ -126,3 +127,19 @@ def test_a_failure_carries_no_credential_in_text_cause_or_pickle():
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
     assert secret.encode() not in pickle.dumps(caught.value)
+
+
+def test_a_place_that_does_not_answer_is_not_silent_for_long(caplog, monkeypatch):
+    monkeypatch.setattr("brainenc.featurestore.services.patience._told", [-1e9])
+    patience = Patience(notice_s=0.05, deadline_s=90)
+    assert patience.call("Reading gs://lab/x", lambda limit: time.sleep(0.3)) is None
+    assert caplog.messages == ["Reading gs://lab/x: no answer for 0 s; trying again, for up to 90 s in all."]
+    assert patience.call("Reading gs://lab/y", lambda limit: time.sleep(0.2)) is None
+    assert len(caplog.messages) == 1  # one word in half a minute, however many wait
+
+
+def test_a_place_that_answers_is_not_spoken_of(caplog, monkeypatch):
+    monkeypatch.setattr("brainenc.featurestore.services.patience._told", [-1e9])
+    Patience(notice_s=0.05).call("Reading gs://lab/x", lambda limit: None)
+    time.sleep(0.1)
+    assert caplog.messages == []

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from brainenc.errors import KeyNotFound
+from brainenc.errors import CorruptData, KeyNotFound
 from brainenc.featurestore import open_store
 from brainenc.featurestore.recovery import debris, gc, repair, verify
 from tests.featurestore.making import KEY, fill, make_collection, tree, values
@@ -107,7 +107,8 @@ def test_after_repair_the_same_extraction_computes_just_what_was_lost(tmp_path, 
     assert found
     assert {f.key for f in found} == {KEY}
     assert repair(store, found) == []
-    assert verify(store).whole
+    hidden = ["has shards but no manifest"] if damage == "all manifests torn" else []
+    assert [text in f.problem for f, text in zip(verify(store).findings, hidden, strict=True)] == [True] * len(hidden)
 
     collection, rows = make_collection(tmp_path), values(23)
     lost = sorted(set(range(5)) - collection.sealed())
@@ -222,6 +223,75 @@ NEWEST_LOST = {
         (d / "manifest-000002.json").read_bytes()
     ),
 }
+
+
+class TestFirstManifest:
+    @pytest.fixture(params=["another collection", "other shards", "another stimulus set"])
+    def strange(self, tmp_path, request):
+        """Bytes of a first manifest that is whole in itself, but not of `whole`."""
+        more = {
+            "another collection": {"identity": {"layer": 9}}, "other shards": {"rows_per_shard": 4},
+            "another stimulus set": {"key": "subj02-train/dinov2-mini/3.q"},
+        }[request.param]  # fmt: skip
+        other = make_collection(tmp_path / "other", **more)
+        return (tmp_path / "other" / other.key / "manifest-000001.json").read_bytes()
+
+    def test_of_another_collection_is_not_believed_and_repair_writes_the_right_one(self, tmp_path, strange):
+        store = whole(tmp_path / "store")
+        before = tree(store.place.root)
+        (store.place.root / KEY / "manifest-000001.json").write_bytes(strange)
+        np.testing.assert_array_equal(store[KEY][:], values(23))
+        assert store.collection(KEY).sealed() == frozenset(range(5))
+        findings = verify(store).findings
+        assert [(f.shard, f.cure) for f in findings] == [(None, "manifest")]
+        assert "manifest-000001.json is the manifest of another collection" in findings[0].problem
+        assert repair(store, findings) == []
+        assert tree(store.place.root) == before
+
+    def test_of_another_collection_does_not_cost_the_shards_of_a_run_that_never_committed(self, tmp_path, strange):
+        collection = make_collection(tmp_path / "store")
+        fill(collection, values(23))
+        before, store = tree(tmp_path / "store"), open_store(tmp_path / "store")
+        (tmp_path / "store" / KEY / "manifest-000001.json").write_bytes(strange)
+        with pytest.raises(CorruptData, match="repair"):
+            make_collection(tmp_path / "store")
+        findings = verify(store).findings
+        assert [(f.shard, f.cure) for f in findings] == [(None, "manifest")]
+        assert repair(store, findings) == []
+        assert make_collection(tmp_path / "store").sealed() == frozenset(range(5))
+        assert tree(tmp_path / "store") == before
+
+    def test_gone_hides_nothing_and_repair_writes_it_again(self, tmp_path):
+        store = whole(tmp_path)
+        before = tree(tmp_path)
+        (tmp_path / KEY / "manifest-000001.json").unlink()
+        assert store.keys() == [KEY]
+        np.testing.assert_array_equal(store[KEY][:], values(23))
+        findings = verify(store).findings
+        assert [f.cure for f in findings] == ["manifest"]
+        assert "manifest-000001.json is gone" in findings[0].problem
+        assert repair(store, findings) == []
+        assert tree(tmp_path) == before
+
+    def test_shards_without_any_manifest_are_named_and_the_next_extraction_takes_them_over(self, tmp_path):
+        store = whole(tmp_path)
+        for number in (1, 2):
+            (tmp_path / KEY / f"manifest-00000{number}.json").unlink()
+        assert store.keys() == []
+        findings = verify(store).findings
+        assert [(f.key, f.cure) for f in findings] == [(KEY, "")]
+        assert "has shards but no manifest" in findings[0].problem
+        assert make_collection(tmp_path).commit() == whole(tmp_path / "undisturbed").collection(KEY).manifest()
+        assert verify(store).whole
+
+    def test_of_one_shard_a_strange_receipt_does_not_speak_against_it(self, tmp_path):
+        collection, other = make_collection(tmp_path / "a", 4), make_collection(tmp_path / "b", 4, identity={"x": 1})
+        for each in (collection, other):
+            fill(each, values(4))
+        wrong = (tmp_path / "b" / KEY / "shard-00000.json").read_bytes()
+        (tmp_path / "a" / KEY / "shard-00000.json").write_bytes(wrong)
+        assert make_collection(tmp_path / "a", 4).sealed() == {0}
+        assert [entry.shard for entry in collection.commit().shards] == [0]
 
 
 @pytest.mark.parametrize("damage", NEWEST_LOST)

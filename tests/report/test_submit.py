@@ -25,6 +25,16 @@ def test_a_run_becomes_a_checked_zip(run, tmp_path, capsys):
     assert "(293, 19004)" in capsys.readouterr().out
 
 
+def test_what_the_shapes_were_held_against_is_said(run, tmp_path, capsys):
+    """One word for both: what fits a small subject is not what the server wants."""
+    out = str(tmp_path / "s.zip")
+    assert brainenc(["submit", str(run[0]), "--out", out]) == 0
+    written = capsys.readouterr().out
+    assert "shapes fit the subject folders of the runs, but subj03 there has other shapes than in the chall" in written
+    assert brainenc(["submit", "--check", out]) == 1
+    assert "held against the challenge's own subjects" in capsys.readouterr().out
+
+
 def test_all_subjects_can_be_demanded(run, tmp_path):
     assert brainenc(["submit", str(run[0]), "--out", str(tmp_path / "s.zip"), "--all-subjects"]) == 1
 

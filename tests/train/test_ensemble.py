@@ -150,3 +150,8 @@ def test_the_command_prints_shares(runs, tmp_path):
     assert shown.exit_code == 0, shown.output
     assert f"{names[1]}: mean weight 0.690 (lh) 0.690 (rh)" in shown.output
     assert json.loads(plain.output)["shares"]["lh"] == pytest.approx([0.5, 0.5])
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(runs):
+    with pytest.raises(UsageError, match="choose another --out for the ensemble"):
+        ensemble(runs, runs[0])

@@ -9,6 +9,7 @@ import pytest
 from brainenc.datasets import layout
 from brainenc.datasets.algonauts import Subject
 from brainenc.errors import DataError, KeyNotFound, UnknownName, UsageError
+from brainenc.featurestore import Stimulus, StimulusSet
 from brainenc.featurestore.store import open_store
 from brainenc.train import prepare
 from brainenc.train.inputs import StoredViews, open_samples, read_split, split_samples
@@ -111,3 +112,38 @@ def test_a_run_folder_that_holds_a_run_is_not_overwritten(small, tmp_path):
 
     with pytest.raises(UsageError, match="holds a run already"):
         train(config)
+
+
+def test_images_of_another_size_than_when_they_were_extracted_are_told(small, tmp_path):
+    """Renamed or rotated files keep their ids: what the store knows of each file tells. A moved copy is not refused."""
+    config = small.config(tmp_path / "run")
+    subject = tmp_path / "subj01"
+    shutil.copytree(config.subject_dir, subject)
+    images = Subject.open(subject).images("train")
+    for number, path in enumerate(images):
+        path.write_bytes(b"x" * (100 + number))
+    store = open_store(tmp_path / "store", create=True)
+    files = [Stimulus(layout.stimulus_id(p, p.parent), f"/elsewhere/{p.name}", 100 + n) for n, p in enumerate(images)]
+    store.add_stimuli(StimulusSet("subj01-train", files))
+    collection = store.create_collection(
+        "subj01-train/tiny/1.q", identity={}, rows_per_shard=50, row_shape=(17, 16), dtype="float16",
+        details={"n_prefix": 1, "grid": [4, 4]},
+    )  # fmt: skip
+    with collection.shard_writer(0) as writer:
+        writer.append(np.ones((len(images), 17, 16), np.float16))
+        writer.seal()
+    collection.commit()
+    config = replace(config, store=str(tmp_path / "store"), subject_dir=str(subject), features=("tiny/1.q",))
+
+    def told():
+        notes = []
+        prepare.check(config, StoredViews(config), note=notes.append)
+        return [note for note in notes if note.startswith("WARNING")]
+
+    assert told() == []
+    images[3].rename(subject / "aside")
+    images[4].rename(images[3])
+    (subject / "aside").rename(images[4])
+    (warning,) = told()
+    assert f"2 of {len(images)} train images" in warning
+    assert f"{images[3].name} has 104 bytes, it had 103" in warning

@@ -1,6 +1,8 @@
 """The ridge baseline: against the formula, against himalaya, and on a store."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -220,3 +222,32 @@ def test_training_with_the_encoder_ridge_is_the_baseline(small, tmp_path):
     assert RunFolder(config.out).config().encoder.encoder == "ridge"
     with pytest.raises(UsageError, match="no weights"):
         open_run(config.out)
+
+
+def test_its_predictions_are_scored_as_those_of_other_runs(small, tmp_path, capsys):
+    """`brainenc evaluate` needs no weights for that."""
+    from brainenc.cli.main import run as brainenc
+    from brainenc.datasets import layout
+    from brainenc.datasets.algonauts import Subject
+
+    shutil.copytree(small.config(tmp_path / "x").subject_dir, tmp_path / "subj01")
+    config = small.config(tmp_path / "run", encoder={"encoder": "ridge"}, features=("tiny/1.q:mean",))
+    train(replace(config, subject_dir=str(tmp_path / "subj01")))
+    predicted = {h: np.load(tmp_path / f"run/predictions/{h}_pred_test.npy") for h in ("lh", "rh")}
+    capsys.readouterr()
+
+    assert brainenc(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["val_perf"] > 0.6
+    assert brainenc(["evaluate", str(tmp_path / "run"), "--split", "test"]) == 1
+    assert "has no test responses" in capsys.readouterr().err
+    for hemisphere, rows in predicted.items():
+        file = Subject.open(tmp_path / "subj01").folder / layout.responses_file("test", hemisphere)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, rows)
+    assert brainenc(["evaluate", str(tmp_path / "run"), "--split", "test", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["val_perf"] == pytest.approx(1)
+    assert brainenc(["evaluate", str(tmp_path / "run"), "--split", "test"]) == 0
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines[lines.index("early") - 1] == "stream"
+    assert brainenc(["evaluate", str(tmp_path / "run"), "--split", "train"]) == 2
+    assert "of its train images it has none" in capsys.readouterr().err

@@ -21,7 +21,14 @@ from brainenc.errors import UnknownName, UsageError
 from brainenc.extract.backbones.processors import edge_of, processor_of
 from brainenc.extract.network import Network, find_blocks, find_norm
 from brainenc.extract.preprocess import Preprocessing
+from brainenc.extract.presets import PRESETS
 
+_KNOWN = tuple(
+    f"facebook/{name}"
+    for size in ("small", "base", "large", "giant")
+    for name in (f"dinov2-{size}", f"dinov2-with-registers-{size}")
+)
+"""Hub ids to compare a misspelled one with."""
 _NATIVE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 """Models that people feed native sizes, padded to the patch."""
 
@@ -106,18 +113,25 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def _unknown(name: str, error: Exception) -> UnknownName:
+    from huggingface_hub import constants
+
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    where = f"the hub, its cache or the file system ({reason})"
+    if constants.HF_HUB_OFFLINE:
+        where = "the file system or the hub's cache (the hub itself cannot be reached from here, so it was not asked)"
     return UnknownName(
         "backbone",
         name,
         [
+            f"the presets {', '.join(PRESETS)}",
             "a hub id of transformers such as facebook/dinov2-base (needs the network or the hub's cache)",
             "a folder made by save_pretrained",
             "open_clip:MODEL/TAG",
             "timm:MODEL",
             "torchvision:MODEL",
         ],
-        f"the hub, its cache or the file system ({reason})",
+        where,
+        [*PRESETS, *_KNOWN],
     )
 
 

@@ -36,7 +36,7 @@ class LocalPlace:
         place = cls(root)
         if create:
             with full_disk_explained(place.root):
-                atomic.make_dirs(place.root)
+                place._make()
                 place._probe()
         elif not place.root.is_dir():
             raise NotAStore(f"{place.url} is no folder: there is no feature store.")
@@ -134,6 +134,16 @@ class LocalPlace:
             elif not hidden and not entry.name.startswith(".") and name.startswith(prefix):
                 yield Path(entry.path), name
 
+    def _make(self) -> None:
+        try:
+            atomic.make_dirs(self.root)
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+            raise PlaceUnfit(f"{self.url} cannot be made: {error}. Choose another folder.") from error
+        if not self.root.is_dir():
+            raise PlaceUnfit(f"{self.url} is a file: a feature store is a folder. Choose another name.")
+
     def _probe(self) -> None:
         probe = self.root / "probe"
         partial, final = atomic.partial_name(probe), atomic.partial_name(probe)
@@ -151,7 +161,8 @@ class LocalPlace:
             ) from error
         finally:
             for path in (partial, final):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # what went wrong before is what there is to say
+                    path.unlink()
 
 
 def _remove_empty(folder: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from brainenc.atomic import partial_name
-from brainenc.errors import NoSpace, NotAStore
+from brainenc.errors import NoSpace, NotAStore, PlaceUnfit
 from brainenc.featurestore.places.base import Capabilities, Entry, check_name
 from brainenc.featurestore.places.scratch import Scratch, cache_root
 from brainenc.featurestore.services.base import ShortRead
@@ -68,9 +68,13 @@ class MountPlace:
 
         Raises:
             NotAStore: it is not there and ``create`` is false.
+            PlaceUnfit: it is a file, or cannot be made.
         """
         if create:
-            root.mkdir(parents=True, exist_ok=True)
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise PlaceUnfit(f"{root} cannot be made a store's folder: {error}. Choose another name.") from error
         if not root.is_dir():
             raise NotAStore(f"There is no folder {root}. Is the drive mounted? It would be made with create=True.")
         return cls(root)
@@ -109,7 +113,8 @@ class MountPlace:
     def folders(self, prefix: str = "") -> _Names:
         """See :meth:`~brainenc.featurestore.places.base.Place.folders`."""
         try:
-            return sorted(p.name for p in self._folder(prefix).iterdir() if p.is_dir() and not p.name.startswith("."))
+            with os.scandir(self._folder(prefix)) as entries:  # a link may lead out of the store
+                return sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith("."))
         except (FileNotFoundError, NotADirectoryError):
             return []
 

@@ -177,7 +177,8 @@ class ObjectPlace:
             self._lock, self._service, self._pid = threading.Lock(), None, os.getpid()
         with self._lock:
             if self._service is None:
-                self._service = connect(self._address, self._patience)
+                with self._patience.noticed(f"Connecting to {self.url}"):
+                    self._service = connect(self._address, self._patience)
             return self._service
 
     def _stat(self, name: str) -> Stat | None:

@@ -7,16 +7,24 @@ with jitter between tries, and a deadline for the whole call.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import random
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 from brainenc.errors import TransferFailed
 from brainenc.featurestore.services.redact import redact
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_QUICK_RATE = 1e7  # bytes a second, below which a transfer is worth a word
+_TOLD_EVERY_S = 30.0  # for all calls of a process together
+_told = [-_TOLD_EVERY_S]
 
 _ANSWERED = (FileNotFoundError, FileExistsError)
 _CLIENTS = {"aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "requests", "urllib3", "s3fs"}
@@ -43,6 +51,8 @@ class Patience:
     """Before the second try; doubles from there, with jitter."""
     longest_wait_s: float = 20.0
     """Between two tries."""
+    notice_s: float = 4.0
+    """Without an answer, after which the user is told that we wait and try again."""
     clock: Callable[[], float] = time.monotonic
     """Injected by tests."""
     sleep: Callable[[float], None] = time.sleep
@@ -64,6 +74,22 @@ class Patience:
             TransferFailed: no answer before the deadline, or an error that another try would not mend.
             OSError: ``FileNotFoundError``, ``FileExistsError``: answers, passed on.
         """
+        with self.noticed(what, n_bytes):
+            return self._call(what, action, n_bytes)
+
+    @contextlib.contextmanager
+    def noticed(self, what: str, n_bytes: int = 0) -> Iterator[None]:
+        """Say so while the body takes long: what hangs must not be silent for minutes."""
+        after = self.notice_s + n_bytes / _QUICK_RATE
+        timer = threading.Timer(after, _tell, (what, after, self.deadline_s + n_bytes / self.slowest_rate))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _call(self, what: str, action: Callable[[float], T], n_bytes: int) -> T:
         started, wait, tries = self.clock(), self.first_wait_s, 0
         deadline = started + self.deadline_s + n_bytes / self.slowest_rate
         while True:
@@ -80,6 +106,12 @@ class Patience:
                     raise _failed(what, error, tries, self.clock() - started) from None
             self.sleep(pause)
             wait = min(2 * wait, self.longest_wait_s)
+
+
+def _tell(what: str, after_s: float, deadline_s: float) -> None:
+    if time.monotonic() - _told[0] >= _TOLD_EVERY_S:
+        _told[0] = time.monotonic()
+        log.warning("%s: no answer for %.0f s; trying again, for up to %.0f s in all.", what, after_s, deadline_s)
 
 
 def is_foreign(error: BaseException) -> bool:
