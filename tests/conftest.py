@@ -23,6 +23,12 @@ os.environ.update(
 os.environ.pop("RAY_ADDRESS", None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Caches and records of the session, away from those of whoever runs the tests; before Ray, which inherits it."""
+    os.environ["BRAINENC_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def ray_session():
     """One local Ray of two CPUs for the whole test session, stopped at its end."""

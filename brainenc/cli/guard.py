@@ -9,10 +9,11 @@ from pathlib import Path
 
 import click
 
+from brainenc.cli.guard_records import history_of, state_of
 from brainenc.cli.progress import Progress
 from brainenc.errors import BrainencError, UsageError
 from brainenc.guard import banner
-from brainenc.guard.history import History, read_history
+from brainenc.guard.history import History
 from brainenc.guard.incident import account
 from brainenc.guard.policy import Meter, Policy, PolicyConfig, Thresholds, Timing
 from brainenc.guard.probe import take_reading
@@ -23,6 +24,7 @@ EXAMPLE = """
 Example:
   brainenc guard probe
   brainenc guard status runs/first
+  brainenc guard status features
   brainenc guard drill
 """
 
@@ -33,11 +35,14 @@ def command() -> None:
 
 
 @command.command(epilog="\b\nExample:\n  brainenc guard status runs/first --json")
-@click.argument("run", metavar="RUN")
+@click.argument("run", metavar="RUN|STORE")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(run: str, as_json: bool) -> None:
-    """What the guard of a run has seen: every worker's last word, and the account of every incident."""
-    history = read_history(run)
+    """What the guard of a run has seen: every worker's last word, and the account of every incident.
+
+    Of a store: the same about the last extraction into it from this machine.
+    """
+    history = history_of(run)
     if as_json:
         click.echo(json.dumps(history.to_dict()))
         return
@@ -98,11 +103,13 @@ class _DrillFailed(BrainencError):
 
 def _workers(history: History) -> list[str]:
     if not history.workers:
-        raise UsageError("This run has no guard records: it was started with its guard switched off, or has not begun.")
-    lines = [f"{'worker':12} {'node':16} {'epoch':>5} {'step':>8}  memory   state"]
+        raise UsageError("No worker has reported to the guard: it was switched off, or the run has only just begun.")
+    width = max(12, *map(len, history.workers))
+    lines = [f"{'worker':{width}} {'node':16} {'epoch':>5} {'done':>14}  memory   state"]
     for name, line in sorted(history.workers.items()):
         fraction = line["numbers"].get("fraction")
         used = f"{fraction:6.1%}" if fraction is not None else "     -"
-        state = line["leaving"] or line["level"]
-        lines.append(f"{name:12} {line['node'][:16]:16} {line['epoch']:>5} {line['step']:>8}  {used}   {state}")
+        extracts = line.get("role") == "extract"
+        epoch, done = ("-", f"{max(0, line['step'])} images") if extracts else (line["epoch"], f"step {line['step']}")
+        lines.append(f"{name:{width}} {line['node'][:16]:16} {epoch:>5} {done:>14}  {used}   {state_of(line)}")
     return lines

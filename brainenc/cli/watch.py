@@ -8,7 +8,8 @@ import time
 
 import click
 
-from brainenc.guard.history import History, read_history
+from brainenc.cli.guard_records import history_of, state_of
+from brainenc.guard.history import History
 
 EXAMPLE = """
 \b
@@ -20,16 +21,19 @@ _BAR = 24
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("run", metavar="RUN")
+@click.argument("run", metavar="RUN|STORE")
 @click.option("--every", type=float, default=1.0, show_default=True, help="Seconds between two looks.")
 @click.option("--once", is_flag=True, help="Look once and end.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a look.")
 def command(run: str, every: float, once: bool, as_json: bool) -> None:
-    """Memory, guard state and progress of a run, live, until Ctrl-C. Reads the run folder only."""
+    """Memory, guard state and progress of a run, live, until Ctrl-C. Reads files only.
+
+    Of a store: the guard of the extraction into it from this machine.
+    """
     live = sys.stdout.isatty() and not as_json and not once
     height = 0
     while True:
-        history = read_history(run)
+        history = history_of(run)
         if as_json:
             click.echo(json.dumps({"at": time.time(), **history.to_dict()}))
         else:
@@ -57,7 +61,7 @@ def picture(history: History) -> list[str]:
         best = f"  best val_perf {history.best:.4f}" if history.best is not None else ""
         lines.append(f"epoch {p.get('epoch')}  step {p.get('step')}{total}{told}{best}")
     for name, line in sorted(history.workers.items()):
-        lines.append(f"{name:12} {_filled(line['numbers'].get('fraction'))}  {line['leaving'] or line['level']}")
+        lines.append(f"{name:12} {_filled(line['numbers'].get('fraction'))}  {state_of(line)}")
         gpus = enumerate(line["numbers"].get("gpus", []))
         lines += [f"{'  gpu' + str(i):12} {_filled(gpu['fraction'])}" for i, gpu in gpus]
     if history.open_order is not None:

@@ -131,7 +131,7 @@ class Extractor:
         )
         with contextlib.closing(images):
             for batch in batches(images, task.micro_batch):
-                self._obey(task.micro_batch)
+                self._obey(shard)
                 shard.take(batch)
                 if not self._unfit(shard):  # else go on only to find the other bad images
                     self._compute(shard, batch, sinks)
@@ -202,17 +202,18 @@ class Extractor:
         self._ceiling = max(1, size)
         release_memory(self._job.device)
 
-    def _obey(self, micro_batch: int) -> None:
-        """What guard and driver ask for, at a micro-batch boundary."""
+    def _obey(self, shard: ShardPass) -> None:
+        """What guard and driver ask for, at a micro-batch boundary. What is sealed is durable, and all there is."""
         order = self._guard.pending()
-        if order is not None and order.kind == "stop":
-            raise Stopped(order.reason)
-        if self._should_stop():
-            raise Stopped("asked to")
         if order is not None:
             if order.kind == "shrink":
-                self._shrink((self._ceiling or micro_batch) // 2)
-            self._guard.saved(path=self._job.store, step=self._rows_done, epoch=0)  # what is sealed is durable already
+                self._shrink((self._ceiling or shard.task.micro_batch) // 2)
+                shard.notes.append(f"memory got short ({order.reason}): {self._ceiling} images at a time from here on")
+            self._guard.saved(path=self._job.store, step=self._rows_done, epoch=0)
+            if order.kind == "stop":
+                raise Stopped(order.reason)
+        if self._should_stop():
+            raise Stopped("asked to")
         self._guard.beat(epoch=0, step=self._rows_done)
 
     def _decoder(self, task: ShardTask, features: list[Feature]) -> Callable[[int, str], Decoded]:

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from brainenc.addresses import init_options, resolve
 from brainenc.extract.attempts import AttemptLedger, LedgerState
 from brainenc.extract.config import ExtractConfig, ExtractProgress, ExtractSummary
 from brainenc.extract.estimate import plan_of
+from brainenc.extract.guard_record import guard_folder
 from brainenc.extract.outcome import ShardOutcome
 from brainenc.extract.plan import ShardTask, check_space
 from brainenc.extract.prepare import Survey, create, survey, tidy
@@ -37,6 +39,8 @@ from brainenc.extract.progress import Meter
 from brainenc.extract.run import Run
 from brainenc.extract.scratch import scratch_folder
 from brainenc.extract.worker import Worker
+from brainenc.guard import signals
+from brainenc.guard.actors import CoordinatorAddress, RayLink, start_coordinator
 from brainenc.metrics import Gauges
 
 TICK_S = 0.5
@@ -78,9 +82,9 @@ def _drive(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] 
         max_attempts=tries, max_deaths=tries + found.actors
     )
     run.started_ray = True
-    with _Ticker(run, ledger, progress):
+    with _coordinator(run, found) as coordinator, _Ticker(run, ledger, progress):
         try:
-            for outcome in _outcomes(run.tasks, found, ledger):
+            for outcome in _outcomes(run.tasks, found, ledger, coordinator):
                 run.take(outcome)
                 if run.stop_reason:
                     ray.get(ledger.stop.remote(run.stop_reason))
@@ -90,16 +94,42 @@ def _drive(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] 
             run.ray_error = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
-def _outcomes(tasks: Sequence[ShardTask], found: Survey, ledger: Any) -> Iterator[ShardOutcome]:
+@contextlib.contextmanager
+def _coordinator(run: Run, found: Survey) -> Iterator[CoordinatorAddress | None]:
+    """Who hears the guards of all actors, and writes down what happened; no run waits for it or fails for it."""
+    folder = guard_folder(run.config.store)
+    if not run.config.guard or not _made(folder):
+        yield None
+        return
+    handle = start_coordinator(folder, min(found.actors, len(run.tasks)), resume="the same command again")
+    try:
+        yield handle.address
+    finally:
+        run.incidents = [f"{folder}/incident-{i['number']}.txt" for i in handle.status().get("incidents", ())]
+        handle.close()
+
+
+def _made(folder: Path) -> bool:
+    """Not where the home folder cannot be written: each actor still guards itself."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _outcomes(
+    tasks: Sequence[ShardTask], found: Survey, ledger: Any, coordinator: CoordinatorAddress | None
+) -> Iterator[ShardOutcome]:
     with DataContext.current(_data_context()):
         # Without prefetching, a receipt is seen 0.1 s after its shard is sealed; with it, one shard late.
-        for batch in _dataset(tasks, found, ledger).iter_batches(
+        for batch in _dataset(tasks, found, (ledger, coordinator)).iter_batches(
             batch_size=None, prefetch_batches=0, batch_format="numpy"
         ):
             yield from map(pickle.loads, batch["outcome"])
 
 
-def _dataset(tasks: Sequence[ShardTask], found: Survey, ledger: Any) -> ray.data.Dataset:
+def _dataset(tasks: Sequence[ShardTask], found: Survey, beside: tuple[Any, ...]) -> ray.data.Dataset:
     """One small row a shard, through the actors."""
     resources: dict[str, Any] = _resources(found)
     rows = [{"task": pickle.dumps(task)} for task in tasks]
@@ -110,7 +140,7 @@ def _dataset(tasks: Sequence[ShardTask], found: Survey, ledger: Any) -> ray.data
             batch_size=1,
             batch_format="numpy",
             compute=ActorPoolStrategy(size=min(found.actors, len(rows)), max_tasks_in_flight_per_actor=1),
-            fn_constructor_args=(pickle.dumps(found.job), ledger),
+            fn_constructor_args=(pickle.dumps(found.job), *beside),
             # Without end by default; bounded so that a worker that dies before it can ask the ledger ends the run, too.
             max_restarts=8 * found.config.max_attempts,
             **resources,
@@ -129,8 +159,9 @@ def _resources(found: Survey) -> dict[str, float]:
 class _Actor:
     """What Ray Data calls in each actor: unpacks a task, packs the outcome."""
 
-    def __init__(self, job: bytes, ledger: Any) -> None:
-        self._worker = Worker(pickle.loads(job), _RemoteLedger(ledger), name=_actor_name())
+    def __init__(self, job: bytes, ledger: Any, coordinator: CoordinatorAddress | None) -> None:
+        link = RayLink(coordinator) if coordinator else None
+        self._worker = Worker(pickle.loads(job), _RemoteLedger(ledger), name=_actor_name(), link=link)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (packed,) = batch["task"]  # one row, one shard, one call
@@ -202,22 +233,15 @@ def _let_ray_data_end(seconds: float = 60.0) -> None:
 @contextlib.contextmanager
 def _signals(run: Run) -> Iterator[None]:
     """The first SIGTERM or Ctrl-C ends the run at the next micro-batch; a second Ctrl-C ends it on the spot."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def stop(number: int, _frame: Any) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             run.interrupted = True
-        run.stop_reason = run.stop_reason or signal.Signals(number).name
+        run.stop_reason = run.stop_reason or signals.name(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with signals.handling(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Ticker:

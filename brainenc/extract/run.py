@@ -33,6 +33,8 @@ class Run:
     """Why Ray gave up, if it did."""
     interrupted: bool = False
     """Ctrl-C rather than a polite signal."""
+    incidents: list[str] = field(default_factory=list)
+    """Accounts of what the guard did."""
     _committed: float = field(default_factory=time.monotonic)
     _uncommitted: set[str] = field(default_factory=set)
     _first_batch_at: float = 0.0
@@ -152,7 +154,8 @@ class Run:
         return max(0.0, time.perf_counter() - self.started - working) if working else 0.0
 
     def _warnings(self) -> tuple[str, ...]:
+        found = tuple(f"the guard acted: {path}" for path in self.incidents)
         if self.ledger is None or not self.ledger.deaths:
-            return ()
+            return found
         peak = format_bytes(self.ledger.peak_bytes)
-        return (f"{len(self.ledger.deaths)} worker(s) died and were replaced; the largest had {peak}",)
+        return (f"{len(self.ledger.deaths)} worker(s) died and were replaced; the largest had {peak}", *found)

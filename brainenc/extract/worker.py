@@ -22,7 +22,7 @@ from brainenc.extract.outcome import ShardOutcome
 from brainenc.extract.plan import ShardTask
 from brainenc.guard.messages import NullGuard, StepGuard
 from brainenc.guard.probe import Probe, anonymous_bytes
-from brainenc.guard.worker import NoLink, WorkerGuard, WorkerGuardConfig
+from brainenc.guard.worker import Link, WorkerGuard, WorkerGuardConfig
 
 SAMPLE_S = 0.1
 REPORT_S = 0.5
@@ -55,10 +55,13 @@ class Worker:
         job: what is the same for all shards.
         ledger: asked before every shard.
         name: unique among workers, also among restarts of the same actor.
+        link: to the guard's coordinator, which hears of memory that gets short; None: there is none.
     """
 
-    def __init__(self, job: ExtractJob, ledger: Ledger, *, name: str) -> None:
-        self._job, self._ledger = job, ledger
+    def __init__(self, job: ExtractJob, ledger: Ledger, *, name: str, link: Link | None = None) -> None:
+        self._job, self._ledger, self._link = job, ledger, link
+        self.guard: StepGuard = NullGuard()
+        self._at_work, self._answered = False, ""
         self._open = contextlib.ExitStack()
         self._extractor: Extractor | None = None
         self._stop = threading.Event()
@@ -74,7 +77,11 @@ class Worker:
         permit = self._ledger.begin(task.name, self._reading.worker)
         if permit != "go":
             return ShardOutcome(task=task.name, status="stopped" if permit == "stop" else "quarantined")
-        outcome = self._extract(task)
+        self._at_work = True
+        try:
+            outcome = self._extract(task)
+        finally:
+            self._at_work = False
         if self._extractor is not None:
             with self._lock:
                 self._reading = replace(self._reading, rows=self._extractor.rows_done)
@@ -97,8 +104,9 @@ class Worker:
     def _extract(self, task: ShardTask) -> ShardOutcome:
         try:
             if self._extractor is None:
+                self.guard = self._guarded()
                 self._extractor = Extractor(
-                    self._job, guard=self._guarded(), should_stop=self._stop.is_set, on_batch=self._before_batch
+                    self._job, guard=self.guard, should_stop=self._stop.is_set, on_batch=self._before_batch
                 )
                 self._open.callback(self._extractor.close)
                 with self._lock:
@@ -112,12 +120,19 @@ class Worker:
         return self._extractor.extract(task)
 
     def _guarded(self) -> StepGuard:
-        """A guard of this worker alone: host memory that gets short halves the micro-batch, and if need be stops."""
+        """Host memory that gets short halves this worker's micro-batch, and if need be stops the run."""
         if not self._job.guard:
             return NullGuard()
         config = WorkerGuardConfig(on_critical="shrink")
-        guard = WorkerGuard(self._reading.worker, config, NoLink(), role="extract", uuids=())
+        guard = WorkerGuard(self._reading.worker, config, self._link, role="extract", uuids=())
         return self._open.enter_context(guard)
+
+    def _answer_while_idle(self) -> None:
+        """A worker between two shards has stopped already: it holds nothing unsealed. To shrink waits for the next."""
+        order = self.guard.pending()
+        if order is not None and order.kind == "stop" and order.id != self._answered and not self._at_work:
+            self._answered = order.id
+            self.guard.saved(path=self._job.store, step=self._reading.rows, epoch=0)
 
     def _before_batch(self, rows: int, micro_batch: int) -> None:
         """Told before each pass: if it is this worker's last, the ledger knows how large it was."""
@@ -148,6 +163,7 @@ class Worker:
         tick = 0
         while not self._closing.wait(SAMPLE_S):
             reading = self._sample()
+            self._answer_while_idle()
             tick += 1
             if tick % ticks == 0 and self._asked_to_stop(reading):
                 self._stop.set()

@@ -11,13 +11,11 @@ import contextlib
 import hashlib
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import ray
@@ -25,6 +23,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from brainenc.guard import signals
 from brainenc.guard.conflicts import Surroundings, conflicts
 from brainenc.guard.coordinator import CoordinatorConfig
 from brainenc.guard.messages import Order, OrderKind, WorkerReport
@@ -99,7 +98,7 @@ class CoordinatorHandle:
             name=self.address.name, namespace=self.address.namespace, num_cpus=0, max_restarts=0, max_task_retries=0,
             get_if_exists=True, scheduling_strategy=NodeAffinitySchedulingStrategy(self._node, soft=True),
         )  # fmt: skip
-        return actor.remote(str(self._folder), self._config, self._resume)
+        return actor.remote(str(self._folder), self._config, self._resume, successor=self.restarts > 0)
 
     def _keep(self) -> None:
         """Thread: let the coordinator's time pass, and replace it when it is dead."""
@@ -237,23 +236,8 @@ def trip_on_signals(coordinator: CoordinatorHandle) -> Iterator[None]:
 
     A second SIGINT ends at once.
     """
-    asked: list[int] = []
-
-    def handler(number: int, _frame: FrameType | None) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-        coordinator.trip("stop", f"the driver received {signal.Signals(number).name}")
-
-    if threading.current_thread() is not threading.main_thread():
+    with signals.asked_to_stop(lambda number: coordinator.trip("stop", f"the driver received {signals.name(number)}")):
         yield
-        return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def ray_conflicts(thresholds: Thresholds, state_bytes: int = 0) -> list[str]:

@@ -38,6 +38,8 @@ class _Known:
     report: WorkerReport
     heard_at: float
     recorded_at: float = float("-inf")
+    silent: bool = False
+    """It was noticed that nothing comes any more."""
 
 
 class Coordinator:
@@ -73,7 +75,7 @@ class Coordinator:
         elif report.level == "critical" and not report.leaving:
             self._critical(report, now)
         if report.ack is not None:
-            self._acknowledge(report.ack, now)
+            self._acknowledge(report.ack, report.role, now)
         self._forget_shrink(_scope(report), now)
         self.tick(now)
         return self._answer(report)
@@ -86,14 +88,18 @@ class Coordinator:
 
     def tick(self, now: float) -> None:
         """Let time pass: notice the silent, close what is complete or overdue."""
+        for name, known in self._workers.items():
+            if not known.silent and not known.report.leaving and self._is_silent(known, now):
+                known.silent = True
+                self._record({"kind": "silent", "at": now, "worker": name, "heard_at": known.heard_at})
         incident = self.open_incident
         if incident is None:
             return
         waiting = []
         for name, known in self._workers.items():
-            if name in incident.acks or not self._concerns(incident, known.report):
+            if name in incident.acks or not self._concerns(incident, known.report) or self._replaced(known, incident):
                 continue
-            if known.report.leaving or now - known.heard_at >= self.config.silent_after_s:
+            if known.report.leaving or self._is_silent(known, now):
                 if name not in incident.dead:
                     incident.dead.append(name)
                 continue
@@ -104,6 +110,12 @@ class Coordinator:
             self._close(incident, now, late=True)
         elif not waiting:
             self._close(incident, now, late=False)
+
+    def finish(self, now: float) -> None:
+        """The run is over: whatever has not been answered will not be."""
+        self.tick(now)
+        if self.open_incident is not None:
+            self._close(self.open_incident, now, late=False)
 
     # ---- what is known
 
@@ -147,13 +159,14 @@ class Coordinator:
     def _hear(self, report: WorkerReport, known: _Known | None, now: float) -> None:
         recorded = known.recorded_at if known else float("-inf")
         changed = known is None or known.report.level != report.level or known.report.leaving != report.leaving
+        changed = changed or (known is not None and known.silent)
         if changed or now - recorded >= self.config.reading_every_s:
             recorded = now
             kind = "warning" if changed and report.level != "ok" else "reading"
             self._record({
-                "kind": kind, "at": now, "worker": report.worker, "node": report.node, "pid": report.pid,
-                "epoch": report.epoch, "step": report.step, "level": report.level, "reason": report.reason,
-                "leaving": report.leaving, "numbers": dict(report.numbers),
+                "kind": kind, "at": now, "worker": report.worker, "role": report.role, "node": report.node,
+                "pid": report.pid, "epoch": report.epoch, "step": report.step, "level": report.level,
+                "reason": report.reason, "leaving": report.leaving, "numbers": dict(report.numbers),
             })  # fmt: skip
         self._workers[report.worker] = _Known(report, now, recorded)
 
@@ -193,7 +206,9 @@ class Coordinator:
         if self._final is not None:  # all are stopping already, this one too as soon as it hears its answer
             self._done.add(order.id)
             return
-        self._raise(order, now).add_cause(report, now)
+        incident = self._raise(order, now)
+        if order.id.startswith(f"{report.worker}-") or report.level == "critical" or report.role == "extract":
+            incident.add_cause(report, now)  # others carry out what somebody else has asked for: they are no cause
 
     def _raise(self, order: Order, now: float) -> Incident:
         """Open an incident with this order, or make the open one stronger."""
@@ -216,7 +231,7 @@ class Coordinator:
         self._record(_order_line(incident, now))
         return incident
 
-    def _acknowledge(self, ack: CheckpointAck, now: float) -> None:
+    def _acknowledge(self, ack: CheckpointAck, role: str, now: float) -> None:
         if not self.incidents or any(incident.acks.get(ack.worker) == ack for incident in self.incidents):
             return  # answers are repeated until the run ends
         incident = self.incidents[-1]
@@ -226,7 +241,7 @@ class Coordinator:
             return  # the answer to an earlier order
         if not ack.ok and ack.worker in incident.acks and incident.acks[ack.worker].ok:
             return  # one checkpoint is durable; that another attempt failed takes nothing away
-        incident.acks[ack.worker] = ack
+        incident.acks[ack.worker], incident.roles[ack.worker] = ack, role
         if ack.worker in incident.dead:
             incident.dead.remove(ack.worker)
         self._record({
@@ -248,6 +263,13 @@ class Coordinator:
                 if self._concerns(incident, known.report):
                     self._shrunk_at[_scope(known.report)] = now
         self._record({"kind": "incident", "at": now, **incident.to_dict()})
+
+    def _is_silent(self, known: _Known, now: float) -> bool:
+        return now - known.heard_at >= self.config.silent_after_s
+
+    def _replaced(self, known: _Known, incident: Incident) -> bool:
+        """An extraction actor that died before all this: another one goes on in its place, under a name of its own."""
+        return known.report.role == "extract" and self._is_silent(known, incident.opened_at)
 
     def _concerns(self, incident: Incident, report: WorkerReport) -> bool:
         """A stop is everybody's. A shrink is that of all training ranks together, or of one extraction actor."""

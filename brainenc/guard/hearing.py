@@ -15,10 +15,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from brainenc.guard import signals
 from brainenc.guard.messages import OutOfTime
 from brainenc.guard.watcher import WAKE_SIGNAL, Watcher, WatcherSettings
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Hearing:
@@ -40,12 +39,12 @@ class Hearing:
         self._owner, self._pid = threading.get_ident(), os.getpid()
         self._undo: list[Callable[[], None]] = []
         self._inside = self._again = False
-        main = threading.current_thread() is threading.main_thread()
+        main = signals.in_main_thread()
         self.by_signal = main and bool(WAKE_SIGNAL)
         if self.by_signal:
-            self._take(WAKE_SIGNAL, self._on_wake)
-        for number in STOP_SIGNALS if main else ():
-            self._take(number, self._on_stop)
+            self._undo.append(signals.take(WAKE_SIGNAL, self._on_wake, restart=True))
+        for number in signals.STOP_SIGNALS if main else ():
+            self._undo.append(signals.take(number, self._on_stop, restart=True))
         self._watcher: Watcher | None = Watcher(settings(self.by_signal))
         self._thread: threading.Thread | None = None
         if not self.by_signal:
@@ -112,16 +111,6 @@ class Hearing:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         # Ctrl-C goes to the whole group: its children stay until the script has saved and ends them itself.
-
-    def _take(self, number: int, handler: Callable[[int, FrameType | None], None]) -> None:
-        before = signal.signal(number, handler)
-        if hasattr(signal, "siginterrupt"):
-            signal.siginterrupt(number, False)  # system calls of libraries that know no EINTR go on
-
-        def undo() -> None:  # None: installed from C, by something that Python cannot give back
-            signal.signal(number, signal.SIG_DFL if before is None else before)
-
-        self._undo.append(undo)
 
     def _listen(self) -> None:
         """The thread where no signal can be had; interrupts the training thread once, when ``act`` says so."""

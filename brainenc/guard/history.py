@@ -44,7 +44,10 @@ def read_history(run: str | Path) -> History:
     found = History()
     paths = [folder / "guard.jsonl", folder / "metrics.jsonl"]
     if not any(path.exists() for path in paths):
-        raise UsageError(f"{folder} is no run folder: no guard.jsonl, no metrics.jsonl. Give what --out was.")
+        raise UsageError(
+            f"{run} is no run folder (it has no guard.jsonl and no metrics.jsonl), and no store that features were "
+            "extracted into from this machine. Give what --out was, or --store."
+        )
     if paths[0].exists():
         for line in records.read(paths[0]):
             _take(found, line)
@@ -59,9 +62,15 @@ def read_history(run: str | Path) -> History:
 
 def _take(found: History, line: Mapping[str, Any]) -> None:
     kind = line.get("kind")
-    if kind == "coordinator" and not line.get("first_incident", 0) > 1:
+    if kind == "coordinator" and line.get("successor") is False:  # a run begins: who took part in earlier ones is gone
+        found.open_order, found.workers = None, {}
+    elif kind == "closed":
         found.open_order = None
-    if kind in ("reading", "warning") and "worker" in line:
+        for worker in found.workers.values():
+            worker["leaving"] = worker["leaving"] or "ended"
+    elif kind == "silent" and line["worker"] in found.workers:
+        found.workers[line["worker"]]["leaving"] = "silent"
+    elif kind in ("reading", "warning") and "worker" in line:
         found.workers[line["worker"]] = dict(line)
     elif kind == "order":
         found.open_order = dict(line)

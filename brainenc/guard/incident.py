@@ -24,6 +24,8 @@ class Incident:
     causes: list[dict[str, Any]] = field(default_factory=list)
     """Everybody who asked for it, in order: time, worker, node, reason, numbers, last finished step."""
     acks: dict[str, CheckpointAck] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+    """Of those who answered: ``"train"`` or ``"extract"``."""
     dead: list[str] = field(default_factory=list)
     """Workers that fell silent before they answered."""
     outcome: Outcome = "open"
@@ -33,8 +35,9 @@ class Incident:
         """One more worker is in trouble."""
         if all(cause["worker"] != report.worker for cause in self.causes):
             self.causes.append({
-                "at": now, "worker": report.worker, "node": report.node, "pid": report.pid, "step": report.step,
-                "epoch": report.epoch, "reason": report.reason, "numbers": dict(report.numbers),
+                "at": now, "worker": report.worker, "role": report.role, "node": report.node, "pid": report.pid,
+                "step": report.step, "epoch": report.epoch, "reason": report.reason or self.order.reason,
+                "numbers": dict(report.numbers),
             })  # fmt: skip
 
     @property
@@ -53,7 +56,10 @@ class Incident:
             "number": self.number, "outcome": self.outcome, "order": self.order.to_dict(), "opened_at": self.opened_at,
             "closed_at": self.closed_at or None, "causes": self.causes, "dead": self.dead,
             "acks": {
-                name: {"step": a.step, "epoch": a.epoch, "path": a.path, "error": a.error}
+                name: {
+                    "role": self.roles.get(name, "train"), "step": a.step, "epoch": a.epoch, "path": a.path,
+                    "error": a.error,
+                }
                 for name, a in sorted(self.acks.items())
             },
             "checkpoint": best.path if best else None, "step": best.step if best else None,
@@ -74,18 +80,34 @@ def account(incident: Mapping[str, Any], resume: str = "") -> str:
     ]
     for cause in incident["causes"]:
         where = f" on {cause['node']}" if cause["node"] else ""
-        lines.append(f"  {_clock(cause['at'])} {cause['worker']}{where} after step {cause['step']}: {cause['reason']}")
-    for name, ack in incident["acks"].items():
-        answer = f"durable at {ack['path']}" if ack["path"] and not ack["error"] else f"not saved: {ack['error']}"
-        lines.append(f"  {name}, step {ack['step']}: {answer}")
+        lines.append(f"  {_clock(cause['at'])} {cause['worker']}{where} after {_progress(cause)}: {cause['reason']}")
+    lines += [f"  {name}, {_progress(ack)}: {_answer(ack, order)}" for name, ack in incident["acks"].items()]
     lines += [f"  {name} fell silent before it answered" for name in incident["dead"]]
     took = f" after {incident['closed_at'] - opened:.2f} s" if incident["closed_at"] else ""
     lines.append(f"Outcome: {incident['outcome']}{took}.")
-    if incident["checkpoint"]:
+    if incident["checkpoint"] and not any(_extracts(ack) for ack in incident["acks"].values()):
         lines.append(f"The checkpoint of step {incident['step']} lies in {incident['checkpoint']}.")
     if resume:
         lines.append(f"To go on: {resume}")
     return "\n".join(lines)
+
+
+def _extracts(told: Mapping[str, Any]) -> bool:
+    return told.get("role") == "extract"
+
+
+def _answer(ack: Mapping[str, Any], order: Mapping[str, Any]) -> str:
+    if not ack["path"] or ack["error"]:
+        return f"not saved: {ack['error']}"
+    if not _extracts(ack):
+        return f"durable at {ack['path']}"
+    done = "halved its micro-batch" if order["kind"] == "shrink" else "stopped"
+    return f"{done}; what is sealed is durable in {ack['path']}"
+
+
+def _progress(told: Mapping[str, Any]) -> str:
+    """Training counts steps, an extraction actor the images that it has done since it was started."""
+    return f"{max(0, told['step'])} images" if _extracts(told) else f"step {told['step']}"
 
 
 def _clock(at: float) -> str:

@@ -23,13 +23,14 @@ class Office:
     Args:
         run_folder: where ``guard.jsonl`` lies.
         config: of the coordinator.
-        clock: seconds since 1970.
         resume: the command that goes on from here, for the account.
+        clock: seconds since 1970.
+        successor: of one that died in this run; else this is where the run begins.
     """
 
     def __init__(
         self, run_folder: str | Path, config: CoordinatorConfig | None = None, resume: str = "",
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.time, successor: bool = False,
     ) -> None:  # fmt: skip
         self._folder, self._clock, self._resume = Path(run_folder), clock, resume
         self._lock = threading.Lock()
@@ -37,7 +38,7 @@ class Office:
         first = 1 + max((line["number"] for line in _incidents(path)), default=0)
         self._lines = records.JsonLines(path)
         self._coordinator = Coordinator(config, self._record, first_incident=first)
-        self._lines.write(kind="coordinator", at=clock(), first_incident=first)
+        self._lines.write(kind="coordinator", at=clock(), first_incident=first, successor=successor)
 
     def report(self, report: WorkerReport) -> Order | None:
         """Hear a worker; returns what it should do."""
@@ -66,7 +67,10 @@ class Office:
             return self._coordinator.status(self._clock())
 
     def close(self) -> None:
-        """Flush the record."""
+        """The run is over: say so, and flush the record."""
+        with self._lock:
+            self._coordinator.finish(self._clock())
+        self._lines.write(kind="closed", at=self._clock())
         self._lines.close()
 
     def _record(self, line: Mapping[str, Any]) -> None:

@@ -1,14 +1,10 @@
-"""A run of one rank in this process, without Ray; and what every driver does about signals and drills."""
+"""A run of one rank in this process, without Ray; and what every driver does about drills."""
 
 from __future__ import annotations
 
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
 
+from brainenc.guard import signals
 from brainenc.guard.messages import StepGuard
 from brainenc.train.config import TrainConfig
 from brainenc.train.drills import Drills, Planned
@@ -17,20 +13,6 @@ from brainenc.train.follow import Note, Progress
 from brainenc.train.inputs import OpenViews
 from brainenc.train.orders import FolderOrders, Hearing, SignalOrders
 from brainenc.train.run_folder import RunFolder
-
-
-@contextmanager
-def handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle SIGTERM and SIGINT, where this is the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def train_alone(config: TrainConfig, views: OpenViews, progress: Progress, note: Note) -> Outcome:
@@ -44,13 +26,13 @@ def train_alone(config: TrainConfig, views: OpenViews, progress: Progress, note:
     wanted = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     folder, relief = RunFolder(config.out), Relief()
     with guarding.alone(config, gpu=wanted.startswith("cuda"), relief=relief) as (guard, record_stop):
-        signals = SignalOrders(record_stop)
+        asked = SignalOrders(record_stop)
         around = Surroundings(
             team=Solo(), device=torch.device(wanted), open_views=views, on_record=progress, on_note=note, relief=relief,
-            guard=Hearing(guard, [signals, FolderOrders(folder)]), threads=config.threads,
+            guard=Hearing(guard, [asked, FolderOrders(folder)]), threads=config.threads,
             drill=make_drills(config, guard, os.getpid()),
         )  # fmt: skip
-        with handling_signals(signals.take):
+        with signals.asked_to_stop(asked.ask):
             return work(config, around)
 
 

@@ -69,7 +69,6 @@ def alone(
         with WorkerGuard("rank0", worker_config(config), LocalLink(office), relief=(relief,), **extra) as guard:
             yield guard, lambda reason: _trip(office, reason)
     finally:
-        office.tick()
         office.close()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,15 +11,15 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from brainenc.addresses import init_options, resolve
 from brainenc.errors import BrainencError, TrainingFailed
+from brainenc.guard import signals
 from brainenc.guard.messages import EXIT_STOPPED_SAFELY, NullGuard, StepGuard
 from brainenc.metrics import Gauges
 from brainenc.train import finished, orders, prepare
-from brainenc.train.alone import handling_signals, make_drills, train_alone
+from brainenc.train.alone import make_drills, train_alone
 from brainenc.train.config import TrainConfig, Workers
 from brainenc.train.elsewhere import elsewhere, on_this_node
 from brainenc.train.encoders.base import RIDGE
@@ -169,20 +168,16 @@ def default_workers() -> Workers:
 
 
 class _Stopper:
-    """Signal handler of the driver of Ray's workers. The second Ctrl-C ends at once.
+    """Tells the ranks of a signal to the driver; `fit` returns when all of them have saved and stopped.
 
     Two ways, of which one is enough: the coordinator, and an order in the run folder.
     """
 
     def __init__(self, folder: RunFolder, coordinator: Any) -> None:
-        self._folder, self._coordinator, self._asked = folder, coordinator, False
+        self._folder, self._coordinator = folder, coordinator
 
-    def take(self, number: int, _frame: FrameType | None) -> None:
-        """Ask for an emergency checkpoint; `fit` returns when all ranks have stopped."""
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._asked = True
-        reason = f"the driver received {signal.Signals(number).name}"
+    def __call__(self, number: int) -> None:
+        reason = f"the driver received {signals.name(number)}"
         orders.give(self._folder, "stop", reason)
         if self._coordinator is not None:
             self._coordinator.trip("stop", reason)
@@ -201,7 +196,8 @@ def _cluster(config: TrainConfig, workers: Workers) -> Iterator[Any]:
         yield ray
         return
     address = resolve(config.address, command="train")
-    ray.init(**init_options(address, num_cpus=max(os.cpu_count() or 1, workers.high)))
+    with signals.keeping():  # it installs one that ends the run on the spot
+        ray.init(**init_options(address, num_cpus=max(os.cpu_count() or 1, workers.high)))
     try:
         yield ray
     finally:
@@ -217,7 +213,7 @@ def _with_ray(config: TrainConfig, workers: Workers, views: OpenViews, progress:
         # ray.init and, in the main thread, fit install handlers that end the run on the spot: ours come after, and fit
         # runs in a thread.
         shown = _also_metrics(progress, config.out)
-        with following(folder, shown, note), handling_signals(_Stopper(folder, coordinator).take):
+        with following(folder, shown, note), signals.asked_to_stop(_Stopper(folder, coordinator)):
             try:
                 result = _in_thread(trainer.fit)
             except WorkerGroupError as error:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from brainenc import atomic
+from brainenc.guard import signals
 from brainenc.guard.messages import Order, OrderKind, StepGuard
 from brainenc.train.run_folder import RunFolder
 
@@ -78,11 +77,9 @@ class SignalOrders:
         self._order: Order | None = None
         self._told = False
 
-    def take(self, number: int, _frame: FrameType | None) -> None:
-        """Signal handler; the second Ctrl-C ends at once."""
-        if self._order is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._order = Order(kind="stop", reason=f"received {signal.Signals(number).name}")
+    def ask(self, number: int) -> None:
+        """A signal has arrived."""
+        self._order = Order(kind="stop", reason=f"received {signals.name(number)}")
 
     def pending(self) -> Order | None:
         """The order of a signal that has arrived."""

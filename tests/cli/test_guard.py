@@ -5,6 +5,7 @@ import json
 import pytest
 
 from brainenc.cli.main import run
+from brainenc.extract.guard_record import guard_folder
 from brainenc.guard.messages import CheckpointAck, WorkerReport
 from brainenc.guard.office import Office
 from brainenc.records import JsonLines
@@ -52,6 +53,21 @@ def test_status_as_json(run_folder, capsys):
 def test_status_of_no_run_is_wrong_usage(tmp_path, capsys):
     assert run(["guard", "status", str(tmp_path / "nothing")]) == 2
     assert "no run folder" in capsys.readouterr().err
+
+
+def test_status_of_a_store_is_that_of_the_extractions_into_it(tmp_path, capsys):
+    store = tmp_path / "features"
+    office = Office(guard_folder(str(store)))
+    numbers = {"fraction": 0.25}
+    office.report(
+        WorkerReport(worker="0a1b2c3d:4711", seq=1, role="extract", node="a", epoch=0, step=64, numbers=numbers)
+    )
+    assert run(["guard", "status", str(store)]) == 0
+    assert "0a1b2c3d:4711 a                    -      64 images   25.0%   ok\n" in capsys.readouterr().out
+    office.close()
+
+    assert run(["guard", "status", f"{store}/"]) == 0
+    assert "ok (ended)" in capsys.readouterr().out
 
 
 def test_watch_once_shows_progress_memory_and_incidents(run_folder, capsys):

@@ -12,9 +12,11 @@ from brainenc.errors import BadImages, ExtractionFailed, NoSpace, ProvenanceMism
 from brainenc.extract import pipeline
 from brainenc.extract.config import Source
 from brainenc.extract.extractor import Extractor
+from brainenc.extract.guard_record import guard_folder
 from brainenc.extract.miniature import save_miniature
 from brainenc.extract.prepare import create, survey
 from brainenc.featurestore.store import open_store
+from brainenc.guard.history import read_history
 from tests.extract.conftest import draw_image, save_images, tree
 from tests.extract.killing import family, finish, kill, receipts, start, wait_for
 from tests.extract.test_extractor import configured
@@ -94,6 +96,9 @@ def test_a_store_made_by_two_actors_is_byte_equal_to_one_made_without(tmp_path, 
     assert summary.peak_worker_bytes > 50 << 20
     assert seen[-1].shards_sealed == 36
     assert [p.images_done for p in seen] == sorted(p.images_done for p in seen)
+    guarded = read_history(guard_folder(str(tmp_path / "s"))).workers
+    assert [(w["role"], w["level"], w["leaving"]) for w in guarded.values()] == 2 * [("extract", "ok", "ended")]
+    assert sum(w["step"] for w in guarded.values()) <= 96
 
 
 def test_done_work_is_not_scheduled_and_its_images_are_not_read(tmp_path, miniature, pictures):

@@ -1,6 +1,7 @@
 """A worker asks before it begins, says what it takes, and stops when told. No Ray."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,8 @@ from brainenc.errors import UnknownName
 from brainenc.extract.attempts import AttemptLedger
 from brainenc.extract.prepare import create, survey
 from brainenc.extract.worker import Worker
+from brainenc.guard.office import LocalLink, Office
+from brainenc.guard.testing import wait_until
 from tests.extract.test_extractor import configured
 
 
@@ -53,8 +56,6 @@ def test_a_shard_that_killed_others_is_not_begun(job):
 
 
 def test_a_backbone_that_does_not_load_is_told_not_raised(job, tmp_path):
-    from dataclasses import replace
-
     worker = Worker(replace(job.job, backbone=str(tmp_path / "nothing")), Ledger(), name="w")
 
     outcome = worker(job.tasks[0])
@@ -93,3 +94,41 @@ def test_a_guarded_worker_has_a_watcher_and_ends_it(tmp_path, miniature, picture
 
     assert watchers
     assert not watchers & {p.pid for p in psutil.Process().children(recursive=True) if p.status() != "zombie"}
+
+
+@pytest.fixture
+def guarded(job, tmp_path):
+    """A worker under the guard of a coordinator in this process, after its first shard; ledger, office and tasks."""
+    office = Office(tmp_path / "guard", resume="the same command again")
+    worker = Worker(replace(job.job, guard=True), Ledger(), name="a:1", link=LocalLink(office))
+    assert worker(job.tasks[0]).status == "sealed"
+    yield worker, office, job.tasks
+    worker.close()
+    office.close()
+
+
+def test_memory_that_gets_short_halves_this_workers_batch_and_the_coordinator_writes_it_down(guarded, tmp_path):
+    worker, office, tasks = guarded
+    assert wait_until(lambda: "a:1" in office.status()["workers"])
+    worker.guard.drill("ram", 0.95, 1.0)
+    assert wait_until(lambda: worker.guard.pending() is not None)
+
+    outcome = worker(tasks[1])
+
+    assert outcome.status == "sealed"
+    assert (outcome.micro_batch, len(outcome.notes)) == (2, 1)
+    assert "memory got short (RAM usage is 95.0%" in outcome.notes[0]
+    assert wait_until(lambda: [i["outcome"] for i in office.status()["incidents"]] == ["saved"])
+    text = (tmp_path / "guard" / "incident-1.txt").read_text()
+    assert "ordered to shrink because RAM usage is 95.0%" in text
+    assert "a:1, 8 images: halved its micro-batch; what is sealed is durable" in text
+
+
+def test_an_order_of_the_coordinator_stops_workers_at_work_and_between_shards(guarded):
+    worker, office, tasks = guarded
+
+    office.trip("stop", "another actor is short of memory")
+
+    assert wait_until(lambda: [i["outcome"] for i in office.status()["incidents"]] == ["saved"]), "idle, and answered"
+    outcome = worker(tasks[1])
+    assert (outcome.status, outcome.notes) == ("stopped", ("stopped: another actor is short of memory",))

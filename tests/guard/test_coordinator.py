@@ -288,6 +288,21 @@ def test_an_extraction_actor_shrinks_alone_and_stops_with_everybody():
     assert {run.report(name).kind for name in ("rank0", "extract-0", "extract-1")} == {"stop"}
 
 
+def test_an_extraction_actor_that_was_replaced_long_ago_is_not_waited_for_and_not_mourned():
+    names = ["a:1", "a:2"]
+    run = Run(names, roles=dict.fromkeys(names, "extract"))
+    run.report("a:1")
+    run.wait(10)
+    assert [line["worker"] for line in run.lines if line["kind"] == "silent"] == ["a:1"]
+    run.report("a:2")
+    run.coordinator.trip("stop", "SIGTERM", run.now)
+    run.report("a:2")
+    run.save("a:2")
+    run.report("a:2")
+
+    assert (run.incident.outcome, run.incident.dead) == ("saved", [])
+
+
 def test_with_stop_as_the_action_nothing_is_tried_first():
     run = Run(config=CoordinatorConfig(on_critical="stop"))
 

@@ -1,8 +1,9 @@
 """The account of an incident, as a person reads it, and the record it is made from."""
 
 from brainenc import records
+from brainenc.guard.history import read_history
 from brainenc.guard.incident import account
-from brainenc.guard.messages import CheckpointAck, WorkerReport
+from brainenc.guard.messages import CheckpointAck, Order, WorkerReport
 from brainenc.guard.office import LocalLink, Office
 from brainenc.guard.testing import FakeClock
 
@@ -38,11 +39,11 @@ def test_the_record_has_every_kind_of_line_with_its_numbers(tmp_path):
 
     lines = list(records.read(tmp_path / "guard.jsonl"))
 
-    kinds = ["coordinator", "reading", "warning", "order", "ack", "reading", "ack", "incident"]
+    kinds = ["coordinator", "reading", "warning", "order", "ack", "reading", "ack", "incident", "closed"]
     assert [line["kind"] for line in lines] == kinds
     assert lines[2]["numbers"] == {"used": 91, "limit": 100}
-    assert lines[-1]["outcome"] == "saved"
-    assert "durable at" in account(lines[-1])
+    assert lines[-2]["outcome"] == "saved"
+    assert "durable at" in account(lines[-2])
 
 
 def test_a_new_coordinator_goes_on_counting_incidents(tmp_path):
@@ -66,3 +67,79 @@ def test_an_account_of_a_failure_names_the_dead(tmp_path):
     text = (tmp_path / "incident-1.txt").read_text()
     assert "rank0 fell silent before it answered" in text
     assert "Outcome: failed" in text
+
+
+def test_who_obeys_is_no_cause_and_no_reason_is_empty(tmp_path):
+    """A signal to the driver: the ranks report the order that they carry out, and nothing of their own."""
+    office = Office(tmp_path)
+    for rank in (0, 1):
+        office.report(WorkerReport(worker=f"rank{rank}", seq=0, node="a", step=6))
+    order = office.trip("stop", "the driver received SIGTERM")
+    for rank in (0, 1):
+        office.report(WorkerReport(worker=f"rank{rank}", seq=1, node="a", step=7, order=order))
+        ack = CheckpointAck(order_id=order.id, worker=f"rank{rank}", epoch=0, step=7, path="/run/step7")
+        office.report(WorkerReport(worker=f"rank{rank}", seq=2, node="a", step=7, order=order, ack=ack))
+    office.close()
+
+    lines = (tmp_path / "incident-1.txt").read_text().splitlines()
+
+    assert lines[0].endswith("ordered to stop because the driver received SIGTERM.")
+    assert [line.split(":")[0] for line in lines[1:3]] == ["  rank0, step 7", "  rank1, step 7"]
+    assert not [line for line in lines if line.rstrip().endswith(":")]
+
+
+def test_a_new_coordinator_gives_the_orders_reason_where_the_worker_has_none(tmp_path):
+    office = Office(tmp_path)
+    order = Order(kind="shrink", reason="RAM usage is 91.0%", id="rank1-5-1", step=3)
+    office.report(WorkerReport(worker="rank1", seq=1, node="a", step=3, order=order))
+    office.close()
+
+    assert "rank1 on a after step 3: RAM usage is 91.0%" in (tmp_path / "incident-1.txt").read_text()
+
+
+def test_an_incident_of_extraction_speaks_of_images_and_of_what_is_sealed(tmp_path):
+    office = Office(tmp_path, resume="the same command again")
+    full = {"level": "critical", "reason": "RAM usage is 91.0%"}
+    order = office.report(WorkerReport(worker="a:1", seq=1, role="extract", node="a", step=40, **full))
+    office.report(WorkerReport(worker="a:2", seq=1, role="extract", node="a", step=44))
+    ack = CheckpointAck(order_id=order.id, worker="a:1", epoch=0, step=48, path="/store")
+    office.report(WorkerReport(worker="a:1", seq=2, role="extract", node="a", step=48, ack=ack))
+    office.close()
+
+    text = (tmp_path / "incident-1.txt").read_text()
+
+    assert "a:1 on a after 40 images: RAM usage is 91.0%" in text
+    assert "a:1, 48 images: halved its micro-batch; what is sealed is durable in /store" in text
+    assert "a:2" not in text
+    assert "checkpoint of step" not in text
+
+
+def test_who_falls_silent_is_seen_and_a_run_that_ended_says_so(tmp_path):
+    clock = FakeClock(100.0)
+    office = Office(tmp_path, clock=clock)
+    for name in ("rank0", "rank1"):
+        office.report(WorkerReport(worker=name, seq=1, node="a"))
+    clock.advance(2)
+    office.report(WorkerReport(worker="rank0", seq=2, node="a"))
+    clock.advance(2)
+    office.tick()
+    assert {n: w["leaving"] for n, w in read_history(tmp_path).workers.items()} == {"rank0": "", "rank1": "silent"}
+    office.report(WorkerReport(worker="rank1", seq=2, node="a"))
+    assert read_history(tmp_path).workers["rank1"]["leaving"] == ""
+    office.close()
+    assert {w["leaving"] for w in read_history(tmp_path).workers.values()} == {"ended"}
+
+    Office(tmp_path).close()
+
+    assert read_history(tmp_path).workers == {}, "another run: its own workers only"
+    Office(tmp_path, successor=True).close()
+
+
+def test_an_incident_that_the_end_of_the_run_overtakes_is_closed(tmp_path):
+    office = Office(tmp_path)
+    office.report(WorkerReport(worker="rank0", seq=1, level="critical", reason="full"))
+    office.close()
+
+    history = read_history(tmp_path)
+    assert history.open_order is None
+    assert history.incidents[0]["outcome"] == "failed"
