@@ -25,6 +25,7 @@ from brainenc.featurestore.view import FeatureView
 
 _NSD_ID = re.compile(r"nsd-?(\d+)")
 _SHARD_BYTES = 256 << 20
+_BACKBONE, _FEATURE = "dinov2-base", "11.q"  # what the published code's files are of
 
 
 def import_npy(
@@ -61,7 +62,7 @@ def is_adeli(folder: Path) -> bool:
 
 
 def import_adeli(
-    store: FeatureStore, folder: Path, *, backbone: str = "dinov2-base", feature: str = "11.q",
+    store: FeatureStore, folder: Path, *, backbone: str = _BACKBONE, feature: str = _FEATURE,
     ids: Mapping[str, Sequence[str]] | None = None, dtype: str | None = None, progress: Progress | None = None,
 ) -> list[FeatureView]:  # fmt: skip
     """Take over ``.../dinov2_q_last/01`` (or its parent with one subject in it) as the subject's two collections.
@@ -98,8 +99,8 @@ def import_adeli(
 
 
 def adeli_import_note(views: Sequence[FeatureView]) -> str:
-    """What to say of features that are not what the published code writes; empty if there is nothing to say."""
-    odd = [view for view in views if view.shape[1:] != ADELI_SHAPE]
+    """What to say of features that are filed as the published code's and have other rows; empty if there are none."""
+    odd = [view for view in views if view.shape[1:] != ADELI_SHAPE and view.key.endswith(f"/{_BACKBONE}/{_FEATURE}")]
     if not odd:
         return ""
     return (

@@ -71,6 +71,8 @@ def test_import_of_the_old_codes_files(store, tmp_path, capsys):
     said = capsys.readouterr()
     assert f"{TRAIN}: 6x4x3 float16" in said.out
     assert "has rows of 4 x 3; the published code's dinov2_q_last are 962 x 768" in said.err
+    assert run(["store", "import", str(tmp_path / "named"), folder, "--backbone", "dino-mini"]) == 0
+    assert "Note" not in capsys.readouterr().err
     assert np.array_equal(open_store(again)[TEST][:], store[TEST][:])
 
 
