@@ -138,6 +138,20 @@ def test_a_place_that_does_not_answer_is_not_silent_for_long(caplog, monkeypatch
     assert len(caplog.messages) == 1  # one word in half a minute, however many wait
 
 
+def test_the_notice_names_why_the_last_try_failed_without_its_secrets(caplog, monkeypatch):
+    monkeypatch.setattr("brainenc.featurestore.services.patience._told", [-1e9])
+    tries = iter([ConnectionError("https://key:secret@host refused"), None])
+
+    def action(limit):
+        if (error := next(tries)) is not None:
+            raise error
+        time.sleep(0.3)
+
+    Patience(notice_s=0.1, first_wait_s=0.01).call("Reading gs://lab/x", action)
+    assert "(ConnectionError: https://" in caplog.text
+    assert "secret" not in caplog.text
+
+
 def test_a_place_that_answers_is_not_spoken_of(caplog, monkeypatch):
     monkeypatch.setattr("brainenc.featurestore.services.patience._told", [-1e9])
     Patience(notice_s=0.05).call("Reading gs://lab/x", lambda limit: None)

@@ -74,22 +74,27 @@ class Patience:
             TransferFailed: no answer before the deadline, or an error that another try would not mend.
             OSError: ``FileNotFoundError``, ``FileExistsError``: answers, passed on.
         """
-        with self.noticed(what, n_bytes):
-            return self._call(what, action, n_bytes)
+        with self.noticed(what, n_bytes) as failures:
+            return self._call(what, action, n_bytes, failures)
 
     @contextlib.contextmanager
-    def noticed(self, what: str, n_bytes: int = 0) -> Iterator[None]:
-        """Say so while the body takes long: what hangs must not be silent for minutes."""
+    def noticed(self, what: str, n_bytes: int = 0) -> Iterator[list[str]]:
+        """Say so while the body takes long: what hangs must not be silent for minutes.
+
+        Yields:
+            a list to put the reasons of failed tries into; the last is told.
+        """
+        failures: list[str] = []
         after = self.notice_s + n_bytes / _QUICK_RATE
-        timer = threading.Timer(after, _tell, (what, after, self.deadline_s + n_bytes / self.slowest_rate))
+        timer = threading.Timer(after, _tell, (what, after, self.deadline_s + n_bytes / self.slowest_rate, failures))
         timer.daemon = True
         timer.start()
         try:
-            yield
+            yield failures
         finally:
             timer.cancel()
 
-    def _call(self, what: str, action: Callable[[float], T], n_bytes: int) -> T:
+    def _call(self, what: str, action: Callable[[float], T], n_bytes: int, failures: list[str]) -> T:
         started, wait, tries = self.clock(), self.first_wait_s, 0
         deadline = started + self.deadline_s + n_bytes / self.slowest_rate
         while True:
@@ -104,14 +109,17 @@ class Patience:
                     raise
                 if not is_passing(error) or self.clock() + pause >= deadline:
                     raise _failed(what, error, tries, self.clock() - started) from None
+                failures.append(_detail(error))
             self.sleep(pause)
             wait = min(2 * wait, self.longest_wait_s)
 
 
-def _tell(what: str, after_s: float, deadline_s: float) -> None:
+def _tell(what: str, after_s: float, deadline_s: float, failures: list[str]) -> None:
     if time.monotonic() - _told[0] >= _TOLD_EVERY_S:
         _told[0] = time.monotonic()
-        log.warning("%s: no answer for %.0f s; trying again, for up to %.0f s in all.", what, after_s, deadline_s)
+        why = f" ({failures[-1]})" if failures else ""
+        log.warning("%s: no answer for %.0f s%s; trying again, for up to %.0f s in all.",
+                    what, after_s, why, deadline_s)  # fmt: skip
 
 
 def is_foreign(error: BaseException) -> bool:
@@ -146,9 +154,13 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
+def _detail(error: BaseException) -> str:
+    return redact(f"{type(error).__name__}: {error}".rstrip(": "))
+
+
 def _failed(what: str, error: BaseException, tries: int, seconds: float) -> TransferFailed:
     # Without the original as its cause: a traceback would print it, and clients quote addresses with keys in them.
-    detail = redact(f"{type(error).__name__}: {error}".rstrip(": "))
+    detail = _detail(error)
     again = (
         "the same command goes on where it stopped" if is_passing(error) else "check the address and the permissions"
     )
