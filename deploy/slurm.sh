@@ -51,7 +51,10 @@ scratch=/tmp/ray-${SLURM_JOB_ID:-local}
 
 pids=()
 stop_ray() {
-  for pid in "${pids[@]:-}"; do [ -n "$pid" ] && kill "$pid" 2>/dev/null || true; done
+  # A dry run only prints, in the background too: it is waited for, not killed.
+  if [ "${DRY_RUN:-}" != 1 ]; then
+    for pid in "${pids[@]:-}"; do [ -n "$pid" ] && kill "$pid" 2>/dev/null || true; done
+  fi
   wait 2>/dev/null || true
   run srun --ntasks-per-node=1 rm -rf "$scratch" || true
 }

@@ -96,7 +96,7 @@ def test_the_same_command_again_finds_it_done(demo):
 def test_shuffled_responses_stay_at_chance(demo, tmp_path):
     out = demo["out"]
     what = ["--subject-dir", out / "data" / "subj01", "--store", out / "store", "--feature", "dino-mini/2.q"]
-    how = ["--shuffle-responses", "--epochs", 3, "--lr", 0.002, "--workers", 0, "--out", tmp_path / "run", "--json"]
+    how = ["--shuffle-responses", "--epochs", 2, "--lr", 0.002, "--workers", 0, "--out", tmp_path / "run", "--json"]
     command = [str(word) for word in [*BRAINENC, "train", *what, *how]]
     control = subprocess.run(command, capture_output=True, text=True, timeout=200)
 
