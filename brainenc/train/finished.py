@@ -28,7 +28,7 @@ def mark(config: TrainConfig, position: Position, *, predicted: bool) -> None:
 def find(config: TrainConfig) -> Position | None:
     """Where the run ended, if nothing is left to do: no more epochs, no predictions that are wanted and missing.
 
-    The mark alone is not believed: the best checkpoint must be there, whole, and have the score that the mark names.
+    The mark alone is not believed: the best checkpoint must be there, whole, pointed to, and have its score.
     """
     folder = RunFolder(config.out)
     try:
@@ -41,5 +41,7 @@ def find(config: TrainConfig) -> Position | None:
         return None
     if config.predict and not (predicted and all(folder.test_predictions(h).exists() for h in HEMISPHERES)):
         return None
-    found = best.find(folder, config.id)
-    return position if found is not None and found.val_perf == position.best else None
+    found, pointed = best.find(folder, config.id), folder.pointed("best") or {}
+    if found is None or found.val_perf != position.best or pointed.get("checkpoint") != found.folder.name:
+        return None
+    return position
