@@ -19,7 +19,7 @@ import logging
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -164,7 +164,8 @@ class RunMirror:
         self._put_mark(self._state)
 
     def push(self) -> None:
-        """Send what is new, checkpoints before the records that speak of them.
+        """Send what is new: first what a checkpoint cannot be gone on from without, and the records up to it; then
+        checkpoints; then what points to them. So a machine that dies in between loses nothing that is spoken of.
 
         Raises:
             TakenOver: another machine has taken the run.
@@ -178,8 +179,10 @@ class RunMirror:
                     f"{self.target.url} is being gone on with by another machine. What this one made since lies in "
                     f"{self.folder}; it is not sent."
                 )
-            self._push_checkpoints(state)
-            self._push_files(state)
+            whole = self._manifests()  # before the records: what became whole later has records that are not sent yet
+            self._push_files(state, lambda name: not _is_pointer(name))
+            self._push_checkpoints(state, whole)
+            self._push_files(state, lambda name: _is_pointer(name) and self._points_there(name, state))
             state.push += 1
             self._save_state(state)
             self._put_mark(state)
@@ -237,8 +240,8 @@ class RunMirror:
     def _manifests(self) -> list[Path]:
         return sorted((self.folder / _CHECKPOINTS).glob(f"[!.]*/{_MANIFEST}"))
 
-    def _push_checkpoints(self, state: _State) -> None:
-        here = {path.parent.name: path for path in self._manifests()}
+    def _push_checkpoints(self, state: _State, whole: Sequence[Path]) -> None:
+        here = {path.parent.name: path for path in whole}
         for name, manifest in here.items():
             with contextlib.suppress(FileNotFoundError):  # pruned under our hands; the next push removes it there
                 digest = _digest(manifest)
@@ -271,8 +274,10 @@ class RunMirror:
         for entry in list(self.target.list(prefix)):
             self.target.delete(entry.name)
 
-    def _push_files(self, state: _State) -> None:
+    def _push_files(self, state: _State, wanted: Callable[[str], bool]) -> None:
         for name, path in self._files():
+            if not wanted(name):
+                continue
             with contextlib.suppress(FileNotFoundError):
                 stamp = _stamp(path)
                 if state.sent.get(name) != stamp:
@@ -287,6 +292,13 @@ class RunMirror:
             inside = parts[0] == _CHECKPOINTS and len(parts) > 2
             if path.is_file() and not inside and not any(part.startswith(".") for part in parts):
                 yield "/".join(parts), path
+
+    def _points_there(self, name: str, state: _State) -> bool:
+        """Whether a pointer's checkpoint is at the target; else both are sent the next time."""
+        try:
+            return json.loads((self.folder / name).read_bytes()).get("checkpoint") in state.checkpoints
+        except (FileNotFoundError, ValueError):
+            return False
 
     def _mark(self) -> dict[str, object]:
         try:
@@ -306,6 +318,10 @@ class RunMirror:
 
     def _save_state(self, state: _State) -> None:
         atomic.replace(self.folder / _STATE, json.dumps(asdict(state)).encode())
+
+
+def _is_pointer(name: str) -> bool:
+    return name.startswith(f"{_CHECKPOINTS}/") and name.endswith(".json")
 
 
 def _stamp(path: Path) -> list[int]:

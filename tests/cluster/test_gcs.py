@@ -66,7 +66,7 @@ def test_extract_and_train_in_a_bucket_with_everything_killed(gcs, subject, tmp_
 
     monkeypatch.setenv("BRAINENC_CACHE", str(tmp_path / "machine-b"))
     log = tmp_path / "resume.log"
-    resumed = start(["train", "--resume", RUN, "--epochs", "20", "--json"], log=log)
+    resumed = start([*training, "--workers", "0", "--epochs", "20", "--checkpoint-every", "1s", "--json"], log=log)
     done = finish(resumed, log=log)
     assert (done["status"], done["run_folder"]) == ("done", RUN)
     place = ObjectPlace(RUN)

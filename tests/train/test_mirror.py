@@ -337,3 +337,24 @@ class TestNodes:
             shutil.rmtree(folder / "checkpoints/epoch0_step5")
             with on_this_node(run):
                 assert not (folder / "checkpoints/epoch0_step5").exists()
+
+
+def test_a_checkpoint_is_there_only_with_what_it_takes_to_go_on_from_it(url, monkeypatch):
+    """Whatever the machine dies after, config and the records up to a checkpoint came before it, its pointer after."""
+    order = []
+    replace = ObjectPlace.replace_file
+    monkeypatch.setattr(ObjectPlace, "replace_file", lambda *a: (order.append(a[1]), replace(*a))[1])
+    with local_run(url, new=True) as folder:
+        begin(folder)
+        checkpoint(folder, "epoch0_step5")
+    manifest = order.index("checkpoints/epoch0_step5/manifest.json")
+    assert {"config.yaml", "metrics.jsonl"} <= set(order[:manifest])
+    assert order.index("checkpoints/last.json") > manifest
+
+
+def test_a_pointer_waits_for_its_checkpoint(url):
+    with local_run(url, new=True) as folder:
+        begin(folder)
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "last.json").write_text('{"checkpoint": "epoch0_step5"}')  # not whole yet
+    assert "checkpoints/last.json" not in names(url)
