@@ -18,6 +18,8 @@ Example:
   brainenc extract --subject-dir data/subj01 --store features \\
       --backbone facebook/dinov2-base --feature 11.q --feature norm.token
 """
+OWN = ("on_bad_image", "check_images", "max_attempts", "address", "node_store")
+"""Options that planning has not."""
 
 
 @click.command("extract", epilog=EXAMPLE)
@@ -42,13 +44,18 @@ Example:
     metavar="HOST:PORT",
     help="Ray cluster to run on: auto or host:port; by default one of its own.",
 )
+@click.option(
+    "--node-store", metavar="DIR",
+    help="Keep shards on this folder of each node's own disk, and move them into the store at the end; variables are "
+    "the node's, as in '$TMPDIR'.",
+)  # fmt: skip
 def command(as_json: bool, debug: bool, commit_every: str, **options: Any) -> int:
     """Compute features of images with a frozen backbone, and add them to a store.
 
     Whatever the store has already is left alone, so that the same command goes on after any interruption, and another
     layer costs only that layer.
     """
-    own = {name: options.pop(name) for name in ("on_bad_image", "check_images", "max_attempts", "address")}
+    own = {name: options.pop(name) for name in OWN}
     config = config_from(options, commit_every_s=parse_seconds(commit_every), **own)
     from brainenc.extract.pipeline import (
         extract,  # late: Ray and torch take seconds, which wrong usage need not wait for

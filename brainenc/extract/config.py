@@ -77,6 +77,9 @@ class ExtractConfig:
     """Ray cluster to join, as :func:`brainenc.addresses.resolve` takes it; None: a local one for this run alone."""
     stage: bool | None = None
     """Treat the store as a mount without a real flush; None: find out."""
+    node_store: str | None = None
+    """Folder on each node's own disk where shards wait until the run ends, when they are moved into ``store``; may
+    hold environment variables of the node. None: shards are written to ``store``."""
     guard: bool = True
     """Let a guard watch host memory beside each worker."""
 
@@ -124,6 +127,7 @@ class ExtractJob:
     dtype: str
     on_bad_image: Literal["fail", "null"]
     stage: bool | None = None
+    node_store: str | None = None
     guard: bool = True
     donors: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Key -> collections of other stimulus sets that are made in exactly the same way."""

@@ -23,9 +23,11 @@ from brainenc.extract.devices import environment, is_out_of_memory, release_memo
 from brainenc.extract.donors import Donation, Donors
 from brainenc.extract.features import Feature
 from brainenc.extract.images import open_image
+from brainenc.extract.node_store import collection_beside
 from brainenc.extract.outcome import ShardOutcome, ShardPass
 from brainenc.extract.plan import ShardTask
 from brainenc.extract.reading import content_hash, image_from_pixels, read_bytes, read_pixels
+from brainenc.featurestore.collection import Collection
 from brainenc.featurestore.dtypes import logical_dtype
 from brainenc.featurestore.store import open_store
 from brainenc.featurestore.writer import ShardWriter
@@ -119,10 +121,16 @@ class Extractor:
             sinks = {}
             for text, key in task.features:
                 with contextlib.suppress(ShardSealed):
-                    collection = self._store.collection(key)
+                    collection = self._target(key)
                     writer = stack.enter_context(collection.shard_writer(task.shard, environment=made_with))
                     sinks[Feature.parse(text)] = Sink(key, collection.row_shape, writer)
             yield sinks
+
+    def _target(self, key: str) -> Collection:
+        """The collection that shards are written to: the store's, or the one on this node's disk beside it."""
+        if self._job.node_store is None:
+            return self._store.collection(key)
+        return collection_beside(self._store, key, self._job.node_store)
 
     def _fill(self, shard: ShardPass, sinks: Sinks) -> None:
         task = shard.task

@@ -26,15 +26,18 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from brainenc.addresses import init_options, resolve
+from brainenc.errors import BrainencError
 from brainenc.extract.attempts import AttemptLedger, LedgerState
 from brainenc.extract.config import ExtractConfig, ExtractProgress, ExtractSummary
 from brainenc.extract.estimate import plan_of
 from brainenc.extract.guard_record import guard_folder
+from brainenc.extract.node_store import collect
 from brainenc.extract.outcome import ShardOutcome
 from brainenc.extract.plan import ShardTask, check_space
-from brainenc.extract.prepare import Survey, create, survey, tidy
+from brainenc.extract.prepare import Survey, create, looked_again, survey, tidy
 from brainenc.extract.progress import Meter
 from brainenc.extract.run import Run
 from brainenc.extract.scratch import scratch_folder
@@ -43,6 +46,10 @@ from brainenc.guard import signals
 from brainenc.guard.actors import CoordinatorAddress, RayLink, start_coordinator
 from brainenc.metrics import Gauges
 
+_NODE_GONE = (
+    ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError, ray.exceptions.WorkerCrashedError,
+    ray.exceptions.LocalRayletDiedError, ray.exceptions.ObjectLostError, ray.exceptions.RaySystemError,
+)  # fmt: skip
 TICK_S = 0.5
 """How often the driver looks at the ledger."""
 
@@ -69,9 +76,48 @@ def extract(config: ExtractConfig, *, progress: Callable[[ExtractProgress], None
     if run.tasks:
         with _signals(run), _ray(config, found), _signals(run):  # twice: Ray puts a handler of its own between
             if not run.stop_reason:
-                _drive(run, found, progress)
+                _drive_all(run, found, progress)
         tidy(found)  # also what was too young at the start, and what a worker that died left now
     return run.finish()
+
+
+def _drive_all(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] | None) -> None:
+    """Once; where shards lie on the nodes first, until all of them have been moved or there is a reason to stop."""
+    if found.config.node_store is None:
+        _drive(run, found, progress)
+        return
+    _collect(found)  # what a run that was killed has left
+    found = looked_again(found, run.collections)
+    run.tasks, run.wanted = found.tasks, found.wanted
+    for _ in range(found.config.max_attempts):
+        todo = found.tasks
+        if not todo or run.stop_reason or run.ray_error:
+            return
+        _drive(run, found, progress)
+        error = _collect(found)
+        found = looked_again(found, run.collections)
+        run.forget(found.tasks, todo)
+        if error is not None and found.tasks:
+            raise error
+    run.ray_error = run.ray_error or f"nodes were lost {found.config.max_attempts} times with what was on their disks"
+
+
+def _collect(found: Survey) -> BrainencError | None:
+    """Have every node move its shards into the store; why one could not. A lost node takes what it had with it."""
+    config = found.config
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(collect)
+    here = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    answers = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            config.node_store, config.store, config.stage
+        )
+        for node in here
+    ]
+    errors: list[BrainencError | None] = []
+    for answer in answers:
+        with contextlib.suppress(*_NODE_GONE):
+            errors.append(ray.get(answer).error)
+    return next((error for error in errors if error is not None), None)
 
 
 def _drive(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] | None) -> None:
@@ -84,7 +130,7 @@ def _drive(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] 
     run.started_ray = True
     with _coordinator(run, found) as coordinator, _Ticker(run, ledger, progress):
         try:
-            for outcome in _outcomes(run.tasks, found, ledger, coordinator):
+            for outcome in _outcomes(found.tasks, found, ledger, coordinator):
                 run.take(outcome)
                 if run.stop_reason:
                     ray.get(ledger.stop.remote(run.stop_reason))
@@ -101,11 +147,14 @@ def _coordinator(run: Run, found: Survey) -> Iterator[CoordinatorAddress | None]
     if not run.config.guard or not _made(folder):
         yield None
         return
-    handle = start_coordinator(folder, min(found.actors, len(run.tasks)), resume="the same command again")
+    handle = start_coordinator(
+        folder, min(found.actors, len(run.tasks)), resume="the same command again", label=run.config.store,
+        goes_on=lambda workers, leaving: True,  # a node that leaves costs the shards in hand, which others do again
+    )  # fmt: skip
     try:
         yield handle.address
     finally:
-        run.incidents = [f"{folder}/incident-{i['number']}.txt" for i in handle.status().get("incidents", ())]
+        run.incidents += [f"{folder}/incident-{i['number']}.txt" for i in handle.status().get("incidents", ())]
         handle.close()
 
 
@@ -212,10 +261,12 @@ def _ray(config: ExtractConfig, found: Survey) -> Iterator[None]:
         try:
             yield
         finally:
+            # Ray put a handler of its own there, which ends the process on the spot, whatever was sealed and is not
+            # committed yet; ours to undo in the main thread.
+            with contextlib.suppress(ValueError):
+                signal.signal(signal.SIGTERM, on_term)
             _let_ray_data_end()
             ray.shutdown()
-            with contextlib.suppress(ValueError):  # Ray put a handler of its own there; ours to undo in the main thread
-                signal.signal(signal.SIGTERM, on_term)
 
 
 def _let_ray_data_end(seconds: float = 60.0) -> None:

@@ -75,7 +75,7 @@ class Survey:
         return ExtractJob(
             store=c.store, backbone=c.backbone, slug=c.slug, size_policy=c.size_policy, image_size=c.image_size,
             device=self.device, threads=self.threads, decode_threads=self.decode_threads, compute=c.compute,
-            dtype=c.dtype, on_bad_image=c.on_bad_image, stage=c.stage, guard=c.guard,
+            dtype=c.dtype, on_bad_image=c.on_bad_image, stage=c.stage, node_store=c.node_store, guard=c.guard,
             donors=dict(self.donors), image_shapes=dict(self.image_shapes),
         )  # fmt: skip
 
@@ -131,6 +131,12 @@ def create(found: Survey) -> dict[str, Collection]:
         if name not in there:
             store.add_stimuli(stimuli)
     return {w.key: _create_collection(store, found, w) for w in found.wanted}
+
+
+def looked_again(found: Survey, collections: Mapping[str, Collection]) -> Survey:
+    """The same with what is sealed now."""
+    wanted = tuple(replace(w, sealed=collections[w.key].sealed()) for w in found.wanted)
+    return replace(found, wanted=wanted)
 
 
 def tidy(found: Survey) -> None:

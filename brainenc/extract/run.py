@@ -69,6 +69,17 @@ class Run:
         if time.monotonic() - self._committed >= self.config.commit_every_s:
             self.commit(self._uncommitted)
 
+    def forget(self, lost: Sequence[ShardTask], tried: Sequence[ShardTask]) -> None:
+        """Shards that were sealed, and are gone with the disk they were on, are to be done again.
+
+        Args:
+            lost: what is left to do now.
+            tried: what was done in this round.
+        """
+        gone = {(task.stimuli, task.shard) for task in lost}
+        names = {task.name for task in (*self.tasks, *tried) if (task.stimuli, task.shard) in gone}
+        self.outcomes = [o for o in self.outcomes if o.task not in names or o.status != "sealed"]
+
     def commit(self, keys: Sequence[str] | set[str]) -> None:
         """Make what is sealed visible to readers."""
         for key in sorted(keys):

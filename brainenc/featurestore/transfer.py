@@ -77,7 +77,7 @@ def copy(
     started = time.monotonic()
     work = _Work(progress)
     for key in keys:
-        work.add(*_prepare(source, target, key))
+        work.add(*prepare(source, target, key))
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="brainenc-copy") as pool:
         try:
             list(pool.map(work.copy, work.todo))
@@ -115,8 +115,12 @@ class _Work:
                 self._progress(self.there + self.done, self.there + len(self.todo), self.bytes)
 
 
-def _prepare(source: FeatureStore, target: FeatureStore, key: str) -> tuple[Collection, Collection]:
-    """Stimulus set and first manifest of the copy."""
+def prepare(source: FeatureStore, target: FeatureStore, key: str) -> tuple[Collection, Collection]:
+    """Make stimulus set and first manifest of a copy; the collection in both stores.
+
+    Raises:
+        ProvenanceMismatch, StimuliChanged: the target has another one of this name.
+    """
     original = source.collection(key)
     target.add_stimuli(source.stimuli(original.spec.stimuli))
     copied = Collection.create(target.place, key, original.spec, target.cache)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from brainenc.cli.main import run as brainenc
 from brainenc.extract.miniature import save_miniature
 
 BRAINENC = [sys.executable, "-m", "brainenc"]
@@ -18,9 +20,10 @@ BRAINENC = [sys.executable, "-m", "brainenc"]
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """A head without CPUs, as in cluster.yaml; nodes are added by the test. Stopped with its processes."""
+    """A head with one CPU, where drivers connect; nodes are added by the test. Stopped with its processes."""
     from ray.cluster_utils import Cluster
 
+    monkeypatch.setenv("NODE_DISK", str(tmp_path / "scratch" / "head"))
     for name in list(os.environ):
         if name.startswith("RAY_ADDRESS"):
             monkeypatch.delenv(name)
@@ -35,9 +38,19 @@ def cluster(tmp_path, monkeypatch):
 def add_node(cluster, scratch: Path, **resources):
     """A raylet whose processes have a temporary folder of their own."""
     scratch.mkdir(parents=True)
-    return cluster.add_node(
-        object_store_memory=100_000_000, env_vars={"TMPDIR": str(scratch)}, include_dashboard=False, **resources
-    )
+    own = {"TMPDIR": str(scratch), "NODE_DISK": str(scratch)}
+    return cluster.add_node(object_store_memory=100_000_000, env_vars=own, include_dashboard=False, **resources)
+
+
+def drain(node, seconds: float) -> None:
+    """As an autoscaler or a preemption notice does it: Ray is told that the node goes, and when."""
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    why = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    client = GcsClient(address=node.gcs_address)
+    accepted, answer = client.drain_node(node.node_id, why, "spot", int((time.time() + seconds) * 1000))
+    assert accepted, answer
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +69,30 @@ def pictures(tmp_path_factory) -> Path:
         pixels = ((np.stack(waves, -1) + 1) * 127.5).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"train-{number + 1:04d}_nsd-{number:05d}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def many_pictures(pictures, tmp_path_factory) -> Path:
+    """A list of the same ones again and again: work for a while, whatever the machine."""
+    folder = tmp_path_factory.mktemp("images") / "many"
+    folder.mkdir()
+    for number, picture in enumerate(sorted(pictures.iterdir()) * 50):
+        (folder / f"{number:05d}.png").symlink_to(picture)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def learnt(tmp_path_factory) -> list[object]:
+    """What is trained on: a subject whose features lie in a store, as on a disk that all nodes share."""
+    folder = tmp_path_factory.mktemp("shared")
+    subject, store = folder / "subj01", folder / "store"
+    made = ["data", "synth", "--out", str(subject), "--n-train", "40", "--n-test", "8", "--vertices", "24,26"]
+    assert brainenc(made) == 0
+    where = ["--subject-dir", subject, "--store", store, "--backbone", folder / "backbone", "--name", "mini"]
+    run("extract", *where, "--feature", "-1.token", "--threads", 1, "--json", RAY_ADDRESS="")
+    model = ["--heads", 2, "--hidden", 16, "--feedforward", 32, "--dropout", 0, "--batch-size", 8]
+    key = next(store.glob("subj01-train/mini/*.token")).name
+    return ["--subject-dir", subject, "--store", store, "--feature", f"mini/{key}", *model, "--threads", 1]
 
 
 def start(*arguments: object, **env: str) -> subprocess.Popen[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -86,21 +87,56 @@ def extraction(pictures: Path, store: Path, backbone: str) -> list[object]:
     return ["extract", *what, *how]
 
 
-def test_an_extraction_from_outside_is_read_and_scraped(head, client, pictures, miniature, tmp_path):
+def gauges(head, run: object) -> dict[str, float]:
+    """What Prometheus would see of one run: name -> value."""
+    text = urllib.request.urlopen(head["metrics"], timeout=5).read().decode()
+    lines = [line for line in text.splitlines() if line.startswith("ray_brainenc_") and f'run="{run}"' in line]
+    return {line.partition("{")[0].removeprefix("ray_brainenc_"): float(line.rpartition(" ")[2]) for line in lines}
+
+
+def scrape(head, client, job: str, run: object, wanted: set[str]) -> dict[str, float]:
+    """The first scrape in a run that has all of these."""
+    while wanted - (found := gauges(head, run)).keys():
+        assert not client.get_job_status(job).is_terminal(), (found, client.get_job_logs(job))
+        time.sleep(0.5)
+    return found
+
+
+def test_an_extraction_from_outside_is_read_and_scraped(head, client, many_pictures, miniature, tmp_path):
     store = tmp_path / "store"
-    job = submit(client, *extraction(pictures, store, miniature))
+    job = submit(client, *extraction(many_pictures, store, miniature))
 
-    def scraped() -> str:
-        text = urllib.request.urlopen(head["metrics"], timeout=5).read().decode()
-        return text if "ray_brainenc_images_done" in text and "ray_brainenc_shards_sealed" in text else ""
+    found = scrape(
+        head, client, job, store,
+        {"images_done", "images_per_s", "shards_sealed", "memory_bytes", "memory_fraction", "guard_level"},
+    )  # fmt: skip
+    client.stop_job(job)
+    _, logs = end_of(client, job)
 
-    text = wait_for(scraped, 120)
-    info, logs = end_of(client, job)
-
-    assert info.driver_exit_code == 0, logs
-    assert "extract: 120/120" in logs
+    assert "exit code 75" in logs
     assert "\r" not in logs
-    assert str(store) in text
+    done = re.findall(r"extract: (\d+)/6000", logs)
+    assert 0 < found["images_done"] <= int(done[-1])
+    assert found["images_per_s"] > 0
+    assert 0 < found["memory_fraction"] < 1
+    assert found["guard_level"] == 0
+
+
+def test_a_training_from_outside_is_scraped(head, client, learnt, tmp_path):
+    out = tmp_path / "run"
+    job = submit(client, "train", *learnt, "--out", out, "--workers", 2, "--epochs", 100000, "--address", "auto")
+
+    names = {"step_s", "samples_per_s", "data_wait_share", "loss", "val_perf", "memory_fraction", "guard_level"}
+    found = scrape(head, client, job, out, names)
+    client.stop_job(job)
+    _, logs = end_of(client, job)
+
+    assert "exit code 75" in logs
+    assert found["step_s"] > 0
+    assert 0 <= found["data_wait_share"] <= 1
+    assert 0 < found["memory_fraction"] < 1
+    seen = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert found["loss"] in {r["loss"] for r in seen if r["split"] == "train"}, "the run's own records say the same"
 
 
 def test_a_wrong_command_tells_its_exit_code(client, pictures, miniature, tmp_path):
@@ -111,8 +147,11 @@ def test_a_wrong_command_tells_its_exit_code(client, pictures, miniature, tmp_pa
     assert "99" in logs
 
 
-def test_a_stopped_job_stops_safely_and_goes_on(client, pictures, miniature, tmp_path):
-    store = tmp_path / "store"
+def test_a_stopped_job_stops_safely_and_goes_on(client, many_pictures, miniature, tmp_path):
+    store, pictures = tmp_path / "store", tmp_path / "pictures"
+    pictures.mkdir()
+    for picture in sorted(many_pictures.iterdir())[:480]:
+        (pictures / picture.name).symlink_to(picture)
     job = submit(client, *extraction(pictures, store, miniature))
     wait_for(lambda: len(list(store.rglob("shard-*.json"))) >= 2, 120)
     client.stop_job(job)
@@ -122,7 +161,7 @@ def test_a_stopped_job_stops_safely_and_goes_on(client, pictures, miniature, tmp
     again, again_logs = end_of(client, submit(client, *extraction(pictures, store, miniature), "--json"))
 
     assert info.status == "STOPPED"
-    assert "Stopped safely" in logs
+    assert "Stopped safely" in logs, logs
     assert "exit code 75" in logs
     assert again.driver_exit_code == 0, again_logs
     assert {p: p.stat().st_mtime_ns for p in sealed} == sealed
