@@ -13,8 +13,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from brainenc.guard import signals
 from brainenc.guard.conflicts import Surroundings, conflicts
 from brainenc.guard.coordinator import CoordinatorConfig
+from brainenc.guard.departures import Departures
 from brainenc.guard.messages import Order, OrderKind, WorkerReport
 from brainenc.guard.office import Office
 from brainenc.guard.policy import Thresholds
@@ -36,6 +37,9 @@ from brainenc.metrics import Gauges
 log = logging.getLogger(__name__)
 _ANSWER_S = 5.0
 _LOOK_EVERY_S = 0.5
+
+GoesOn = Callable[[Mapping[str, int], Collection[str]], bool]
+"""(node -> workers of the run on it, nodes that leave) -> whether the run can go on on what stays."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,14 +57,19 @@ class CoordinatorHandle:
         run_folder: where ``guard.jsonl`` lies.
         config: of the coordinator.
         resume: the command that goes on from here.
+        goes_on: asked when nodes are about to be taken away; by default nothing goes on without them.
     """
 
-    def __init__(self, run_folder: str | Path, config: CoordinatorConfig | None = None, resume: str = "") -> None:
+    def __init__(
+        self, run_folder: str | Path, config: CoordinatorConfig | None = None, resume: str = "",
+        goes_on: GoesOn = lambda workers, leaving: False,
+    ) -> None:  # fmt: skip
         self._folder, self._config, self._resume = Path(run_folder).absolute(), config or CoordinatorConfig(), resume
         digest = hashlib.sha256(str(self._folder).encode()).hexdigest()[:12]
         context = ray.get_runtime_context()
         self.address = CoordinatorAddress(name=f"brainenc-guard-{digest}-{os.getpid()}", namespace=context.namespace)
         self._node = context.get_node_id()
+        self._departures, self._goes_on = Departures(self._node), goes_on
         self._lock = threading.Lock()
         self.restarts = 0
         self._actor = self._make()
@@ -106,6 +115,7 @@ class CoordinatorHandle:
             try:
                 ray.get(self._actor.tick.remote(), timeout=_ANSWER_S)
                 self._gauges.set(ray.get(self._actor.worst.remote(), timeout=_ANSWER_S))
+                self._look_for_departures()
             except RayActorError:
                 if self._ending.is_set():
                     return
@@ -115,6 +125,24 @@ class CoordinatorHandle:
                     self._actor = self._make()
             except (RayError, GetTimeoutError):
                 continue  # busy, or Ray is going down
+
+    def _look_for_departures(self) -> None:
+        """Nodes that Ray says are being drained: a preemption notice, an autoscaler, `ray drain-node`, a SIGTERM."""
+        draining = draining_nodes()
+        workers = ray.get(self._actor.places.remote(), timeout=_ANSWER_S) if draining else {}
+        goes_on = bool(draining) and self._goes_on(workers, draining.keys())
+        advice = self._departures.look(draining, workers, time.time(), goes_on=goes_on)
+        if advice is not None:
+            log.warning("%s: %s.", advice.reason[:1].upper() + advice.reason[1:], advice.kind)
+            self.trip(advice.kind, advice.reason, {"nodes": list(advice.nodes)})
+
+
+def draining_nodes() -> dict[str, float]:
+    """Node -> when it goes, in seconds since 1970; 0 where nobody said."""
+    from ray._private.state import state  # Ray Train asks the same way; there is no public one
+
+    found: dict[str, int] = state.get_draining_nodes()
+    return {node: milliseconds / 1000 for node, milliseconds in found.items()}
 
 
 def ray_gauge(name: str, description: str, tag_keys: tuple[str, ...]) -> Gauge:
@@ -137,6 +165,7 @@ class RayLink:
 
     def __init__(self, address: CoordinatorAddress) -> None:
         self._address = address
+        self._place = ray.get_runtime_context().get_node_id()
         self._actor: Any = None
         self._waiting: list[Any] = []
         self._searching: threading.Thread | None = None
@@ -147,7 +176,7 @@ class RayLink:
         if self._actor is None:
             self._search()
         elif len(self._waiting) < 4 or report.leaving:
-            self._waiting.append(self._actor.report.remote(report))
+            self._waiting.append(self._actor.report.remote(replace(report, place=self._place)))
             if report.leaving:  # the last words: worth a moment
                 ray.wait(self._waiting[-1:], timeout=1.0)
 
@@ -187,6 +216,7 @@ class RayLink:
 def start_coordinator(
     run_folder: str | Path, n_workers: int = 0, *, on_critical: Literal["stop", "shrink"] = "shrink",
     dwell_s: float = 5.0, deadline_s: float = 60.0, resume: str = "",
+    goes_on: GoesOn = lambda workers, leaving: False,
 ) -> CoordinatorHandle:  # fmt: skip
     """Make the coordinator of a run. In the driver, after ``ray.init`` and before any worker is made.
 
@@ -197,9 +227,10 @@ def start_coordinator(
         dwell_s: still critical so long after a shrink means stop.
         deadline_s: an incident is over by then.
         resume: the command that goes on from here.
+        goes_on: see :class:`CoordinatorHandle`.
     """
     config = CoordinatorConfig(on_critical=on_critical, dwell_s=dwell_s, deadline_s=deadline_s)
-    handle = CoordinatorHandle(run_folder, config, resume)
+    handle = CoordinatorHandle(run_folder, config, resume, goes_on)
     log.info("The guard's coordinator %s waits for %d workers.", handle.address.name, n_workers)
     return handle
 

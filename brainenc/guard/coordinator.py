@@ -16,6 +16,8 @@ from brainenc.guard.messages import STRENGTH, CheckpointAck, Order, OrderKind, W
 from brainenc.guard.policy import RANK
 
 Record = Callable[[dict[str, Any]], None]
+_GONE_S = 30.0
+"""A worker that was silent for so long is on no node any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +140,15 @@ class Coordinator:
         fractions = [r.numbers["used"] / r.numbers["limit"] for r in there if r.numbers.get("limit")]
         level = max((RANK[r.level] for r in there), default=0)
         return {"guard_level": float(level)} | ({"memory_fraction": max(fractions)} if fractions else {})
+
+    def places(self, now: float) -> dict[str, int]:
+        """The cluster's name of each node -> workers that were heard from there lately."""
+        there = [
+            known.report.place
+            for known in self._workers.values()
+            if not known.report.leaving and now - known.heard_at < _GONE_S
+        ]
+        return {place: there.count(place) for place in there if place}
 
     def status(self, now: float) -> dict[str, Any]:
         """Everything for ``brainenc guard status`` and ``watch``."""

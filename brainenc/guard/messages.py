@@ -73,6 +73,8 @@ class WorkerReport:
     """Grows with every report; an older one that arrives late is dropped."""
     role: Literal["train", "extract"] = "train"
     node: str = ""
+    place: str = ""
+    """The node as the cluster calls it; empty without one."""
     pid: int = 0
     epoch: int = -1
     step: int = -1

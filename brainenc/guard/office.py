@@ -61,6 +61,11 @@ class Office:
         with self._lock:
             return self._coordinator.worst()
 
+    def places(self) -> dict[str, int]:
+        """Where the workers are."""
+        with self._lock:
+            return self._coordinator.places(self._clock())
+
     def status(self) -> dict[str, Any]:
         """What is known of every worker, and all incidents."""
         with self._lock:

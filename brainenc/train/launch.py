@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -188,6 +188,8 @@ def _cluster(config: TrainConfig, workers: Workers) -> Iterator[Any]:
     """Ray, joined or started. One that was running in this process already is used and left alone."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if workers.low < workers.high:  # a lost node counts as there for a while: try with what is left soon
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -201,7 +203,9 @@ def _cluster(config: TrainConfig, workers: Workers) -> Iterator[Any]:
     try:
         yield ray
     finally:
-        ray.shutdown()
+        # How the run ended is known and saved: Ray's own handler would turn a late SIGTERM into a failure.
+        with handling_signals(lambda number, frame: None):
+            ray.shutdown()
 
 
 def _with_ray(config: TrainConfig, workers: Workers, views: OpenViews, progress: Progress, note: Note) -> Any:
@@ -253,6 +257,7 @@ def _coordinator(config: TrainConfig, workers: Workers, note: Note) -> Iterator[
     handle = start_coordinator(
         config.out, workers.high, on_critical=guard.on_critical, dwell_s=guard.policy.dwell_s,
         resume=f"brainenc train --resume {config.out}",
+        goes_on=lambda there, leaving: _room_without(leaving, there, _per_worker(config)) >= workers.low,
     )  # fmt: skip
     try:
         yield handle
@@ -260,11 +265,29 @@ def _coordinator(config: TrainConfig, workers: Workers, note: Note) -> Iterator[
         handle.close()
 
 
+def _room_without(leaving: Collection[str], workers: Mapping[str, int], each: Mapping[str, float]) -> int:
+    """Workers that the nodes which stay can hold: those of this run that are there, and what is free."""
+    from ray._private.state import available_resources_per_node
+
+    free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+    return sum(
+        workers.get(node, 0) + int(min(there.get(name, 0.0) // wanted for name, wanted in each.items()))
+        for node, there in free.items()
+        if node not in leaving
+    )
+
+
+def _per_worker(config: TrainConfig) -> dict[str, float]:
+    """What a worker takes of a node."""
+    return {"CPU": 1.0, **({"GPU": 1.0} if _wants_gpu(config) else {})}
+
+
 def _trainer(config: TrainConfig, workers: Workers, views: OpenViews, coordinator: Any) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    gpu, folder = _wants_gpu(config), RunFolder(config.out)
+    each, folder = _per_worker(config), RunFolder(config.out)
+    gpu = "GPU" in each
     number: Any = workers.low if workers.low == workers.high else (workers.low, workers.high)
     return TorchTrainer(
         _worker,
@@ -273,7 +296,7 @@ def _trainer(config: TrainConfig, workers: Workers, views: OpenViews, coordinato
             "elsewhere": elsewhere(folder.path),
         },
         scaling_config=ScalingConfig(
-            num_workers=number, use_gpu=gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {})}
+            num_workers=number, use_gpu=gpu, resources_per_worker=each
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=max(1800, int(config.status_timeout_s))),
         run_config=RunConfig(
