@@ -58,11 +58,12 @@ class CoordinatorHandle:
         config: of the coordinator.
         resume: the command that goes on from here.
         goes_on: asked when nodes are about to be taken away; by default nothing goes on without them.
+        label: of the run in metrics; None: the folder.
     """
 
     def __init__(
         self, run_folder: str | Path, config: CoordinatorConfig | None = None, resume: str = "",
-        goes_on: GoesOn = lambda workers, leaving: False,
+        goes_on: GoesOn = lambda workers, leaving: False, label: str | None = None,
     ) -> None:  # fmt: skip
         self._folder, self._config, self._resume = Path(run_folder).absolute(), config or CoordinatorConfig(), resume
         digest = hashlib.sha256(str(self._folder).encode()).hexdigest()[:12]
@@ -73,7 +74,7 @@ class CoordinatorHandle:
         self._lock = threading.Lock()
         self.restarts = 0
         self._actor = self._make()
-        self._gauges = Gauges(ray_gauge, run=str(run_folder))
+        self._gauges = Gauges(ray_gauge, run=label or str(run_folder))
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="guard-coordinator", daemon=True)
         self._thread.start()
@@ -216,7 +217,7 @@ class RayLink:
 def start_coordinator(
     run_folder: str | Path, n_workers: int = 0, *, on_critical: Literal["stop", "shrink"] = "shrink",
     dwell_s: float = 5.0, deadline_s: float = 60.0, resume: str = "",
-    goes_on: GoesOn = lambda workers, leaving: False,
+    goes_on: GoesOn = lambda workers, leaving: False, label: str | None = None,
 ) -> CoordinatorHandle:  # fmt: skip
     """Make the coordinator of a run. In the driver, after ``ray.init`` and before any worker is made.
 
@@ -228,9 +229,10 @@ def start_coordinator(
         deadline_s: an incident is over by then.
         resume: the command that goes on from here.
         goes_on: see :class:`CoordinatorHandle`.
+        label: see there.
     """
     config = CoordinatorConfig(on_critical=on_critical, dwell_s=dwell_s, deadline_s=deadline_s)
-    handle = CoordinatorHandle(run_folder, config, resume, goes_on)
+    handle = CoordinatorHandle(run_folder, config, resume, goes_on, label)
     log.info("The guard's coordinator %s waits for %d workers.", handle.address.name, n_workers)
     return handle
 

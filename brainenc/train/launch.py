@@ -204,7 +204,7 @@ def _cluster(config: TrainConfig, workers: Workers) -> Iterator[Any]:
         yield ray
     finally:
         # How the run ended is known and saved: Ray's own handler would turn a late SIGTERM into a failure.
-        with handling_signals(lambda number, frame: None):
+        with signals.handling(lambda number, frame: None):
             ray.shutdown()
 
 
