@@ -24,7 +24,10 @@ TITLE = "Feature store"
 NOTES = """
 Rows of 962 x 768 float16 (1.48 MB), 1,500 of them, in shards of 172. Each side of a ratio is the best of several
 rounds, taken in turn within one run: the machine is shared. Peers read the same rows, uncompressed and one row a chunk,
-in an environment of their own (`.venv-peers`), best of three rounds.
+in an environment of their own (`.venv-peers`), best of three rounds, each in the fastest form that it has: h5py
+without chunks and straight into the buffer, one row after another. In that form the best of them reads at half of what
+the machine copies, so that five times as fast is more than the memory carries: the ratio is bounded by about two and a
+half, and the target would need a peer that reads below a fifth of the copy.
 """
 ROW, N, PER_SHARD, BATCH = (962, 768), 1500, 172, 32
 ROW_BYTES = 2 * ROW[0] * ROW[1]
