@@ -12,7 +12,9 @@ from importlib import import_module
 import click
 
 import brainenc
+from brainenc.cli.stopping import StopRequested, stoppable
 from brainenc.errors import BrainencError
+from brainenc.guard.messages import EXIT_STOPPED_SAFELY
 
 COMMANDS = {
     "demo": "the whole path on a small subject made on the spot",
@@ -71,12 +73,16 @@ def main(argv: list[str] | None = None) -> None:
 def run(argv: list[str]) -> int:
     """Run one command line and return its exit code."""
     try:
-        result = cli.main(args=argv, prog_name="brainenc", standalone_mode=False)
+        with stoppable(argv):
+            result = cli.main(args=argv, prog_name="brainenc", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except StopRequested as stop:
+        click.echo(f"brainenc: stopped by {stop}; nothing was lost, and the same command goes on.", err=True)
+        return EXIT_STOPPED_SAFELY
     except (KeyboardInterrupt, click.Abort):
         click.echo("brainenc: interrupted; the same command goes on from what was sealed.", err=True)
         return 130

@@ -128,7 +128,7 @@ class MemoryGuard:
         self._resumed = {k: content[k] for k in ("step", "rng", "epoch_rng")}
         start = Start(epoch=content["epoch"], step=content["step"], path=str(path))
         self._place.epoch, self._place.step = start.epoch, start.step
-        self._say(f"{self._marks.done}Resumed from {path}: epoch {start.epoch}, {start.step} batches of it done.")
+        self._say(f"{self._marks.done}Resumed from {path}: epoch {start.epoch}, after {start.step} of its batches.")
         return start
 
     def check(self, step: int, *, epoch: int | None = None, training: bool = True) -> None:
@@ -143,9 +143,20 @@ class MemoryGuard:
             SystemExit: code 75, when it had to stop and has saved; 1 when nothing could be saved.
         """
         if training:
+            if step < self._resumed.get("step", 0):
+                self._tell_of_repetition()
             self._place.begin(epoch, step)
         if self._attention or step % (self._every if training else self._eval_every) == 0:
             self._look(training)
+
+    def _tell_of_repetition(self) -> None:
+        """The loop of a resumed script counts from 0 by itself: allowed, and worth a word."""
+        done = self._resumed.pop("step")
+        self._say(
+            f"{self._marks.warning}Epoch {self._place.epoch} begins again from its first batch: {done} of its batches "
+            "are trained a second time. `for epoch in guard.epochs(n)` and `for step, batch in guard.batches(loader)` "
+            "go on in the middle of it."
+        )
 
     def epochs(self, n: int) -> Iterator[int]:
         """The epochs that are left of ``n``. Together with :meth:`batches`, a resumed run is bit-equal."""
@@ -377,7 +388,9 @@ class MemoryGuard:
         files.drop_gradients(self._objects)
         files.free_cached()
         if not saved.path:
-            raise SystemExit(1)
+            raise SystemExit(1)  # the model stays as it is: somebody may yet save it by hand
+        for sentence in files.release_gpus(self._objects):
+            self._say(sentence)
         self._say(banner.farewell(saved.path, self._marks))
         raise SystemExit(EXIT_STOPPED_SAFELY)
 

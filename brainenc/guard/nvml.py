@@ -32,6 +32,17 @@ class _Memory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 
+class _Process(ctypes.Structure):
+    _fields_ = (
+        ("pid", ctypes.c_uint), ("used", ctypes.c_ulonglong), ("gpu_instance", ctypes.c_uint),
+        ("compute_instance", ctypes.c_uint),
+    )  # fmt: skip
+
+
+_TOO_SMALL = 7
+_NOT_TOLD = 2**64 - 1
+
+
 class Nvml:
     """The devices of this machine, or the ones named.
 
@@ -59,6 +70,28 @@ class Nvml:
             if self._library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0:
                 found.append(GpuUse(uuid, name, memory.used, memory.total, (slack or {}).get(uuid, 0)))
         return found
+
+    def held(self, pid: int) -> dict[str, int | None]:
+        """UUID -> bytes that one process holds on the device: 0 when the driver does not list it, None when not told.
+
+        In a container with process numbers of its own the driver lists other numbers: the answer there is 0 as well.
+        """
+        return {uuid: self._held(handle, pid) for uuid, _, handle in self._devices}
+
+    def _held(self, handle: ctypes.c_void_p, pid: int) -> int | None:
+        ask = getattr(self._library, "nvmlDeviceGetComputeRunningProcesses_v3", None)
+        if ask is None:
+            return None
+        count, processes = ctypes.c_uint(0), None
+        code = ask(handle, ctypes.byref(count), None)
+        while code == _TOO_SMALL:
+            count = ctypes.c_uint(count.value + 8)  # others may be starting
+            processes = (_Process * count.value)()
+            code = ask(handle, ctypes.byref(count), processes)
+        if code != 0:
+            return None
+        found = [p.used for p in (processes or ())[: count.value] if p.pid == pid]
+        return None if _NOT_TOLD in found else sum(found)
 
     def _handles(self, uuids: Sequence[str] | None) -> list[ctypes.c_void_p]:
         handles = []

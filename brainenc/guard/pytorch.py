@@ -14,7 +14,7 @@ import os
 import random
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,9 @@ import xxhash
 
 from brainenc import atomic
 from brainenc.errors import CheckpointUnusable, NoSpace
+from brainenc.guard.nvml import Nvml
 from brainenc.guard.probe import space
+from brainenc.guard.release import release
 
 FORMAT = 1
 _CHUNK = 1 << 20
@@ -238,6 +240,47 @@ def free_cached() -> None:
     gc.collect()
     if _cuda_in_use():
         torch.cuda.empty_cache()
+
+
+def release_gpus(objects: Mapping[str, Any]) -> list[str]:
+    """After the last save: take modules and optimizer states off the GPUs, and ask the driver whether that is so.
+
+    The modules are empty afterwards: what they held is in the file.
+
+    Returns:
+        a sentence for each GPU of this process; none where it has used none.
+    """
+    if not _cuda_in_use():
+        return []
+    uuids = gpu_uuids()
+
+    def allocated() -> dict[str, int]:
+        import torch
+
+        return {uuid: torch.cuda.memory_allocated(i) for i, uuid in enumerate(uuids)}
+
+    def let_go() -> None:
+        empty_tensors(objects, lambda tensor: bool(tensor.is_cuda))
+        free_cached()
+
+    return [str(found) for found in release(let_go, allocated, Nvml(uuids=uuids))]
+
+
+def empty_tensors(objects: Mapping[str, Any], wanted: Callable[[Any], bool]) -> None:
+    """Give up the memory of parameters, buffers, gradients and optimizer states that ``wanted`` says yes to."""
+    import torch
+
+    drop_gradients(objects)
+    held: list[Any] = []
+    for thing in objects.values():
+        if isinstance(thing, torch.nn.Module):
+            held += [*thing.parameters(), *thing.buffers()]
+        elif isinstance(thing, torch.optim.Optimizer):
+            held += list(_tensors(list(thing.state.values())))
+    for tensor in held:
+        if wanted(tensor):
+            with contextlib.suppress(RuntimeError):  # a view that somebody else owns: told as not released
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 def drop_gradients(objects: Mapping[str, Any]) -> None:

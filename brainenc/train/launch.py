@@ -100,6 +100,8 @@ def resume(
     folder = RunFolder(Path(run_folder).absolute())
     config = folder.config().resumed_with({**(changes or {}), "out": str(folder.path)})
     prepare.refuse_fewer_epochs(config)
+    if not folder.split_file.exists():  # ended between the configuration and the split, which follows from it
+        prepare.save_split(config, folder)
     asked, config = config, replace(config, split=str(folder.split_file))
     note = note or _ignore
     views = open_views or StoredViews(config)

@@ -20,6 +20,7 @@ from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import HEMISPHERES, Hemisphere
 from brainenc.errors import MemoryRefused
 from brainenc.guard.messages import NullGuard, StepGuard
+from brainenc.guard.pytorch import release_gpus
 from brainenc.train import allocator, checkpoint, finished, saver
 from brainenc.train.best import settle
 from brainenc.train.checkpoint import Position
@@ -235,6 +236,9 @@ def _finish(
 ) -> Outcome:  # fmt: skip
     """After the last epoch: predictions of the best weights by rank 0, the mark, and no snapshots left behind."""
     if outcome.status != "done":
+        if outcome.checkpoint:  # the last of this process: its GPU is for others now
+            for sentence in release_gpus({"model": stepper.model, "optimizer": stepper.optimizer}):
+                notes(sentence)
         return outcome
     if around.team.rank == 0:
         written = predict_test(config, stepper, subject, around.open_views, note=notes) if config.predict else []

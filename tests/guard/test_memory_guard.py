@@ -382,3 +382,18 @@ def test_in_a_thread_too_short_a_time_interrupts_the_step(home):
 
     assert codes == [75]
     assert files.load(home / "emergency_epoch2.pth")["step"] == 4
+
+
+def test_a_loop_that_counts_by_itself_is_told_what_it_does_again(home):
+    script = Script(home)
+    stopped(script, at=5, do=lambda: script.guard.drill("ram", 0.95))
+    again = Script(home)
+
+    with again.guard:
+        start = again.guard.resume()
+        for step in range(start.step + 2):
+            again.guard.check(step, epoch=start.epoch)
+
+    told = [text for text in again.said if "begins again from its first batch" in text]
+    assert len(told) == 1
+    assert f"{start.step} of its batches are trained a second time" in told[0]

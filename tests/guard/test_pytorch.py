@@ -251,3 +251,24 @@ def test_saving_needs_no_more_than_the_largest_tensor_and_64_mb(tmp_path):
 
     assert done.returncode == 0, done.stderr[-800:]
     assert int(done.stdout) > 200_000_000
+
+
+def test_modules_and_optimizer_states_give_up_their_memory():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+
+    files.empty_tensors({"model": model, "optimizer": optimizer}, lambda tensor: tensor.dtype == torch.float32)
+
+    assert all(p.numel() == 0 and p.grad is None for p in model.parameters())
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert {value.numel() for value in states} == {0}
+    assert model[1].num_batches_tracked.numel() == 1, "not asked for"
+
+
+def test_without_a_gpu_there_is_nothing_to_release():
+    model = torch.nn.Linear(2, 2)
+
+    assert files.release_gpus({"model": model}) == []
+    assert model.weight.numel() == 4
