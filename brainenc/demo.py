@@ -122,7 +122,7 @@ def make_subject(config: DemoConfig, backbone: Path, shown: Stage) -> Truth:
 
 def extract_features(config: DemoConfig, backbone: Path, shown: Stage) -> ExtractSummary:
     """Ray Data over the subject's images, into the store."""
-    from brainenc.extract.pipeline import extract
+    from brainenc.extract.driver import extract
 
     asked = ExtractConfig(
         store=str(config.out / "store"), backbone=str(backbone), slug=SLUG, features=(FEATURE,),

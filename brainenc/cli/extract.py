@@ -57,9 +57,7 @@ def command(as_json: bool, debug: bool, commit_every: str, **options: Any) -> in
     """
     own = {name: options.pop(name) for name in OWN}
     config = config_from(options, commit_every_s=parse_seconds(commit_every), **own)
-    from brainenc.extract.pipeline import (
-        extract,  # late: Ray and torch take seconds, which wrong usage need not wait for
-    )
+    from brainenc.extract.driver import extract  # late: torch takes seconds, which wrong usage need not wait for
 
     with Progress("extract", json_lines=as_json) as shown:
         summary = extract(config, progress=lambda p: _show(shown, p))

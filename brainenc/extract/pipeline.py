@@ -31,13 +31,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from brainenc.addresses import init_options, resolve
 from brainenc.errors import BrainencError
 from brainenc.extract.attempts import AttemptLedger, LedgerState
-from brainenc.extract.config import ExtractConfig, ExtractProgress, ExtractSummary
-from brainenc.extract.estimate import plan_of
+from brainenc.extract.config import ExtractConfig, ExtractProgress
 from brainenc.extract.guard_record import guard_folder
 from brainenc.extract.node_store import collect
 from brainenc.extract.outcome import ShardOutcome
-from brainenc.extract.plan import ShardTask, check_space
-from brainenc.extract.prepare import Survey, create, looked_again, survey, tidy
+from brainenc.extract.plan import ShardTask
+from brainenc.extract.prepare import Survey, looked_again
 from brainenc.extract.progress import Meter
 from brainenc.extract.run import Run
 from brainenc.extract.scratch import scratch_folder
@@ -54,31 +53,11 @@ TICK_S = 0.5
 """How often the driver looks at the ledger."""
 
 
-def extract(config: ExtractConfig, *, progress: Callable[[ExtractProgress], None] | None = None) -> ExtractSummary:
-    """Compute what the store lacks. Driver only; blocks until done; the same call again goes on where it ended.
-
-    Ray is started only if something is left to do, and stopped again if it was started here.
-
-    Raises:
-        NoSpace: what is left does not fit, known before anything starts; or the disk filled up meanwhile.
-        BadImages: some images cannot be read (``on_bad_image="fail"``); the other shards are sealed.
-        ExtractionFailed: workers kept dying, or failed.
-        StoppedSafely: a signal or the guard asked to stop; what was sealed stays.
-        KeyboardInterrupt: Ctrl-C, after the same safe stop.
-    """
-    started = time.perf_counter()
-    found = survey(config)
-    tidy(found)
-    check_space(plan_of(found))
-    run = Run(
-        config=config, tasks=found.tasks, wanted=found.wanted, collections=create(found), started=started
-    )  # fmt: skip
-    if run.tasks:
-        with _signals(run), _ray(config, found), _signals(run):  # twice: Ray puts a handler of its own between
-            if not run.stop_reason:
-                _drive_all(run, found, progress)
-        tidy(found)  # also what was too young at the start, and what a worker that died left now
-    return run.finish()
+def drive(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] | None = None) -> None:
+    """Have a cluster do what is left. Ray is started, and stopped again if it was started here. Driver only."""
+    with _signals(run), _ray(run.config, found), _signals(run):  # twice: Ray puts a handler of its own between
+        if not run.stop_reason:
+            _drive_all(run, found, progress)
 
 
 def _drive_all(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] | None) -> None:

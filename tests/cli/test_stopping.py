@@ -22,7 +22,7 @@ def terminate(*_args, **_kwargs):
 
 @pytest.mark.parametrize(("argv", "where"), [
     (EXTRACT, "brainenc.cli.extract.config_from"), (TRAIN, "brainenc.cli.train.split_source"),
-    (EXTRACT, "brainenc.extract.pipeline.survey"), (TRAIN, "brainenc.train.prepare.check"),
+    (EXTRACT, "brainenc.extract.driver.survey"), (TRAIN, "brainenc.train.prepare.check"),
 ])  # fmt: skip
 def test_a_stop_before_the_work_exits_75_and_says_that_nothing_was_lost(
     argv, where, tmp_path, monkeypatch, capsys

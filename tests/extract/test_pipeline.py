@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from brainenc.errors import BadImages, ExtractionFailed, NoSpace, ProvenanceMismatch, StimuliChanged, StoppedSafely
-from brainenc.extract import pipeline
+from brainenc.extract import driver
 from brainenc.extract.config import Source
 from brainenc.extract.extractor import Extractor
 from brainenc.extract.guard_record import guard_folder
@@ -86,7 +86,7 @@ def test_a_store_made_by_two_actors_is_byte_equal_to_one_made_without(tmp_path, 
     config, reference = work
     seen = []
 
-    summary = pipeline.extract(config(tmp_path / "s", actors=2), progress=seen.append)
+    summary = driver.extract(config(tmp_path / "s", actors=2), progress=seen.append)
 
     assert tree(tmp_path / "s") == tree(reference)
     assert (summary.images, summary.shards_sealed, summary.shards_before) == (96, 36, 0)
@@ -107,7 +107,7 @@ def test_done_work_is_not_scheduled_and_its_images_are_not_read(tmp_path, miniat
     for image in pictures.iterdir():
         os.utime(image, ns=(0, image.stat().st_mtime_ns))  # never read since
 
-    summary = pipeline.extract(configured(tmp_path / "s", pictures, miniature))
+    summary = driver.extract(configured(tmp_path / "s", pictures, miniature))
 
     assert not summary.started_ray
     assert (summary.images, summary.shards_sealed, summary.shards_before) == (0, 0, 12)
@@ -126,7 +126,7 @@ def test_what_died_before_its_commit_is_committed_by_the_next_run(tmp_path, mini
     extractor.close()
     assert not open_store(tmp_path / "s")["pictures/mini/3.q"].present.any()
 
-    summary = pipeline.extract(config)
+    summary = driver.extract(config)
 
     assert not summary.started_ray
     assert open_store(tmp_path / "s")["pictures/mini/3.q"].present.all()
@@ -139,7 +139,7 @@ def test_bad_images_end_the_run_after_all_else_is_sealed(tmp_path, miniature):
         path.write_bytes(b"GIF89a")
 
     with pytest.raises(BadImages, match="--on-bad-image null") as caught:
-        pipeline.extract(configured(tmp_path / "s", folder, miniature))
+        driver.extract(configured(tmp_path / "s", folder, miniature))
 
     assert set(caught.value.reasons) == {str(path) for path in bad}
     assert set(receipts(tmp_path / "s")) == {f"set/mini/3.{f}/shard-00001.json" for f in ("q", "token")}
@@ -158,7 +158,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_bytes_are_the_same(tmp_path
                 return
 
     with Beside(kill_one):
-        summary = pipeline.extract(config(tmp_path / "s"))
+        summary = driver.extract(config(tmp_path / "s"))
 
     assert summary.retries == 1
     assert tree(tmp_path / "s") == tree(reference)
@@ -178,7 +178,7 @@ def test_workers_that_keep_dying_end_the_run_with_what_they_took(tmp_path, work)
                 kill(ray_workers())
 
     with Beside(kill_all), pytest.raises(ExtractionFailed, match=r"died.*peak.*limit is") as caught:
-        pipeline.extract(config(tmp_path / "s", max_attempts=1))
+        driver.extract(config(tmp_path / "s", max_attempts=1))
 
     assert "--batch-size" in str(caught.value)
 
@@ -198,7 +198,7 @@ def test_a_signal_stops_safely_and_what_is_left_can_be_done_later(tmp_path, work
                 return
 
     with Beside(interrupt), pytest.raises(raised):
-        pipeline.extract(config(tmp_path / "s"))
+        driver.extract(config(tmp_path / "s"))
 
     sealed = receipts(tmp_path / "s")
     assert 3 <= len(sealed) < 36
@@ -241,12 +241,12 @@ def test_a_replaced_image_is_noticed_and_a_touched_one_is_not(tmp_path, miniatur
     extract_here(config)
     touched, replaced = sorted(folder.iterdir())[4:6]
     os.utime(touched, ns=(1, 1))
-    assert pipeline.extract(config).images == 0
+    assert driver.extract(config).images == 0
 
     draw_image(77).save(replaced)
 
     with pytest.raises(StimuliChanged, match=rf"1 image.*nsd-00015.*{replaced.name}.*--stimuli"):
-        pipeline.extract(config)
+        driver.extract(config)
 
 
 def test_an_image_replaced_behind_equal_stats_is_found_by_reading_all(tmp_path, miniature):
@@ -258,10 +258,10 @@ def test_an_image_replaced_behind_equal_stats_is_found_by_reading_all(tmp_path, 
     data[-20] ^= 1
     victim.write_bytes(data)
     os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert pipeline.extract(config).images == 0
+    assert driver.extract(config).images == 0
 
     with pytest.raises(StimuliChanged, match="nsd-00009"):
-        pipeline.extract(config.with_(check_images=True))
+        driver.extract(config.with_(check_images=True))
 
 
 def test_a_set_with_one_more_image_is_explained(tmp_path, miniature):
@@ -270,7 +270,7 @@ def test_a_set_with_one_more_image_is_explained(tmp_path, miniature):
     draw_image(50).save(folder / "train-0050_nsd-00999.png")
 
     with pytest.raises(StimuliChanged, match=r"of 8 there, 9 here: 1 new \(nsd-00999\)"):
-        pipeline.extract(configured(tmp_path / "s", folder, miniature))
+        driver.extract(configured(tmp_path / "s", folder, miniature))
 
 
 def test_images_that_moved_are_the_same_images(tmp_path, miniature):
@@ -278,7 +278,7 @@ def test_images_that_moved_are_the_same_images(tmp_path, miniature):
     extract_here(configured(tmp_path / "s", folder, miniature, features=("3.q",)))
     folder.rename(tmp_path / "set")
 
-    assert pipeline.extract(configured(tmp_path / "s", tmp_path / "set", miniature, features=("3.q",))).images == 0
+    assert driver.extract(configured(tmp_path / "s", tmp_path / "set", miniature, features=("3.q",))).images == 0
     extract_here(configured(tmp_path / "s", tmp_path / "set", miniature, features=("3.q", "2.q")))
 
     assert open_store(tmp_path / "s")["set/mini/2.q"].present.all()
@@ -291,7 +291,7 @@ def test_another_backbone_under_the_same_name_is_refused_with_both_weights(tmp_p
 
     for feature in ("3.q", "2.q"):
         with pytest.raises(ProvenanceMismatch, match=r"weights.*--name"):
-            pipeline.extract(configured(tmp_path / "s", folder, other, features=(feature,)))
+            driver.extract(configured(tmp_path / "s", folder, other, features=(feature,)))
 
 
 def test_subjects_that_share_images_share_rows(tmp_path, miniature):
@@ -302,7 +302,7 @@ def test_subjects_that_share_images_share_rows(tmp_path, miniature):
 
     extract_here(config)
 
-    assert pipeline.extract(config).shards_before == 4
+    assert driver.extract(config).shards_before == 4
     view = open_store(tmp_path / "s")["nsd/mini/3.q"]
     assert view.select(ids=["nsd-00015", "nsd-00000"]).shape[0] == 2
 
@@ -314,6 +314,6 @@ def test_what_cannot_fit_is_refused_before_anything_is_made(tmp_path, miniature,
     monkeypatch.setattr(estimate, "space", lambda path: Space(path=str(path), free=100_000, total=10**9))
 
     with pytest.raises(NoSpace, match=r"100 kB free, but .* are still to be written"):
-        pipeline.extract(configured(tmp_path / "s", pictures, miniature))
+        driver.extract(configured(tmp_path / "s", pictures, miniature))
 
     assert not (tmp_path / "s").exists()
