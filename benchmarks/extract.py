@@ -36,12 +36,15 @@ _SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
 _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "mlp_ratio": 4, "image_size": 518}
 
 
-def run() -> list[Figure]:
-    """All figures; about twelve minutes on two cores."""
+def run(parts: Sequence[str] = ()) -> list[Figure]:
+    """All figures, about twenty minutes on two cores; or those of some parts."""
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="be-bench-") as folder:
         root = Path(folder)
-        for part in (speed, pass_cost, plan_accuracy, memory_in_images, memory_in_layers, base_model, repeat):
+        for part in (one_actor, two_actors, pass_cost, plan_accuracy, memory_in_images, memory_in_layers, base_model,
+                     repeat):  # fmt: skip
+            if parts and part.__name__ not in parts:
+                continue
             found = part(root)
             for figure in found:
                 print(figure.row(), flush=True)
@@ -49,26 +52,32 @@ def run() -> list[Figure]:
     return figures
 
 
-def speed(root: Path) -> list[Figure]:
-    """One actor against a bare loop, two actors against two bare loops side by side; DINOv2-B at 434 px."""
-    model, all_images = _model(root, "base", **_BASE), _images(root / "photos", 96, 425)
-    images = _linked(root / "some", all_images, 48)
-    figures = []
-    for actors, target in ((1, 0.97), (2, 0.95)):
-        before = _bare(model, images, processes=actors)
-        given = images if actors == 1 else all_images  # as many for each actor, and six shards for the two
-        ours = _extract(root, given, model, ["11.q"], actors=actors, extra=["--rows-per-shard", "16"], watched=False)
-        bare = (before + _bare(model, images, processes=actors)) / 2  # around ours: other work comes and goes
-        figures.append(
-            Figure(
-                name=f"images/s of {actors} actor(s) against {actors} bare loop(s)",
-                value=ours["images_per_s"] / bare,
-                target=target,
-                reference=f"bare: {bare:.3g} images/s",
-                note=f"start-up {ours['startup_s']:.1f} s",
-            )
+def one_actor(root: Path) -> list[Figure]:
+    """One actor against a bare loop; DINOv2-B at 434 px."""
+    return _speed(root, 1, 0.97)
+
+
+def two_actors(root: Path) -> list[Figure]:
+    """Two actors against two bare loops side by side."""
+    return _speed(root, 2, 0.95)
+
+
+def _speed(root: Path, actors: int, target: float) -> list[Figure]:
+    model, photos = _model(root, "base", **_BASE), _images(root / "photos", 96, 425)
+    some = _linked(root / "some", photos, 48)
+    before = _bare(model, some, processes=actors)
+    given = some if actors == 1 else photos  # as many for each actor: three shards
+    ours = _extract(root, given, model, ["11.q"], actors=actors, extra=["--rows-per-shard", "16"], watched=False)
+    bare = (before + _bare(model, some, processes=actors)) / 2  # around ours: other work comes and goes
+    return [
+        Figure(
+            name=f"images/s of {actors} actor(s) against {actors} bare loop(s)",
+            value=ours["images_per_s"] / bare,
+            target=target,
+            reference=f"bare: {bare:.3g} images/s",
+            note=f"start-up {ours['startup_s']:.1f} s",
         )
-    return figures
+    ]
 
 
 def pass_cost(root: Path) -> list[Figure]:

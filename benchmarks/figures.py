@@ -73,6 +73,14 @@ def save(area: str, title: str, figures: Iterable[Figure], notes: str, seconds: 
     (RESULTS / f"{area}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
+def with_others(area: str, measured: Iterable[Figure]) -> list[Figure]:
+    """The area's kept figures with these in the places of their names; new ones at the end."""
+    path = RESULTS / f"{area}.json"
+    kept = json.loads(path.read_text())["figures"] if path.exists() else []
+    new = {figure.name: figure for figure in measured}
+    return [new.pop(k["name"], Figure(**k)) for k in kept] + list(new.values())
+
+
 def page(order: Iterable[str]) -> str:
     """``BENCHMARKS.md``."""
     parts = [

@@ -141,8 +141,10 @@ def extract_features(config: DemoConfig, backbone: Path, shown: Stage) -> Extrac
 
 def train_encoder(config: DemoConfig, feature: str, shown: Stage) -> float:
     """Ray Train on the store; returns the best validation correlation."""
+    from brainenc.train.allocator import give_back
     from brainenc.train.launch import resume, train
 
+    give_back()  # what making features and extraction took in this process: the workers need it now
     run = config.out / "run"
     asked = TrainConfig(
         subject_dir=str(config.out / "data" / "subj01"),

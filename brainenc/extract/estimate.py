@@ -15,6 +15,8 @@ from brainenc.guard.probe import Probe, space
 
 RAY_START_S = 6.0
 """Starting a local Ray and Ray Data's first task, on two cores."""
+RAY_WORKER_BYTES = 100 << 20
+"""Ray and Ray Data in a worker's process, which the process that is measured does not load."""
 _SAMPLE = 64
 """Images that are timed, again and again: enough to be typical, few enough to stay in the page cache."""
 
@@ -50,6 +52,6 @@ def estimate(config: ExtractConfig, *, timed: bool = True) -> ExtractPlan:
         found.job, [w for w in found.wanted if w.key in keys], first.uris[:_SAMPLE], processes=found.actors
     )  # fmt: skip
     return replace(
-        plan, actor_memory_bytes=measured.peak_bytes, seconds_per_image=measured.seconds_per_image,
+        plan, actor_memory_bytes=measured.peak_bytes + RAY_WORKER_BYTES, seconds_per_image=measured.seconds_per_image,
         startup_s=surveyed_s + RAY_START_S + measured.startup_s,
     )  # fmt: skip

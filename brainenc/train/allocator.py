@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them, from malloc.h
 _NEVER = 2**31 - 1
+_KEPT_ANYWAY = 16 << 20
+"""Half of the block size up to which glibc raises its own threshold."""
 _LARGEST = 1 << 30
 """Blocks above this size are rare and live long (a loader's buffers, a copy of the state): they stay as they were."""
 
@@ -28,6 +33,11 @@ def _glibc() -> Any:
     except OSError:  # musl
         return None
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+
+
+def pays_for(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether steps of such a model take blocks that glibc returns at once; below that it keeps them by itself."""
+    return max((p.numel() * p.element_size() for p in parameters), default=0) > _KEPT_ANYWAY
 
 
 def keep_freed_memory() -> bool:

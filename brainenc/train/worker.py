@@ -84,13 +84,13 @@ def work(config: TrainConfig, around: Surroundings) -> Outcome:
     """
     if around.threads:
         torch.set_num_threads(around.threads)
-    if around.device.type == "cpu":
-        allocator.keep_freed_memory()
     folder, team = RunFolder(config.out), around.team
     subject = Subject.open(config.subject_dir)
     samples = open_samples(config, subject, around.open_views)
     train, val = (samples.take(rows) for rows in split_samples(samples, read_split(config, len(samples))))
     model = make_model(config, subject, samples).to(around.device)
+    if around.device.type == "cpu" and allocator.pays_for(model.parameters()):
+        allocator.keep_freed_memory()
     notes = _Notes(folder, around)
 
     writer = _make_saver(config, folder, around)

@@ -210,7 +210,7 @@ def test_a_signal_stops_safely_and_what_is_left_can_be_done_later(tmp_path, work
     assert sealed.items() <= receipts(tmp_path / "s").items()
 
 
-def test_killing_everything_at_two_moments_ends_byte_equal_and_computes_no_shard_twice(tmp_path, work):
+def test_killing_everything_ends_byte_equal_and_computes_no_shard_twice(tmp_path, work):
     config, reference = work
     store, found = tmp_path / "s", config(tmp_path / "s")
     command = [
@@ -219,7 +219,7 @@ def test_killing_everything_at_two_moments_ends_byte_equal_and_computes_no_shard
         "--device", "cpu", "--json",
     ]  # fmt: skip
     sealed: dict = {}
-    for moment in (5, 17):
+    for moment in (11,):  # thirty moments: make chaos
         run = start(command, log=tmp_path / "killed.log")
         assert wait_for(lambda m=moment: len(receipts(store)) >= m, run), (tmp_path / "killed.log").read_text()
         kill(family(run))
