@@ -237,7 +237,8 @@ def _also_metrics(progress: Progress, run: str) -> Progress:
     gauges = Gauges(lambda name, about, tags: Gauge(name, description=about, tag_keys=tags), run=run)
 
     def show(record: Mapping[str, Any]) -> None:
-        gauges.set(record)
+        validation = record.get("split") == "val"  # its loss is another one
+        gauges.set({name: value for name, value in record.items() if not (validation and name == "loss")})
         progress(record)
 
     return show
