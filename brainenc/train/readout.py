@@ -90,6 +90,7 @@ class RoiReadout(QueryReadout):
     order: Tensor
     inverse: Tensor
     membership: Tensor
+    multiples: Tensor
 
     def __init__(self, masks: Bools, hidden: int) -> None:
         super().__init__(masks.shape[1], hidden)
@@ -103,6 +104,10 @@ class RoiReadout(QueryReadout):
         self.register_buffer("membership", membership, persistent=False)
         self.bounds = [(g.start, g.stop) for g in self.groups]
         self.counts = [float(len(g.queries)) for g in self.groups]
+        multiples = torch.zeros(masks.shape[1])
+        for (a, b), count in zip(self.bounds, self.counts, strict=True):
+            multiples[a:b] = count
+        self.register_buffer("multiples", multiples, persistent=False)
         with torch.no_grad():
             self.weight.copy_(self.weight[self.order].clone())
             self.bias.copy_(self.bias[self.order].clone())
@@ -111,7 +116,7 @@ class RoiReadout(QueryReadout):
         """(B, Q, D) -> (B, V), vertices in challenge order, float32."""
         with torch.autocast(tokens.device.type, enabled=False):  # bound by reading the weights: a cast would read twice
             sums = torch.einsum("gq,bqd->gbd", self.membership, tokens.float())
-            groups = Groups(self.bounds, self.counts, self.order, self.inverse)
+            groups = Groups(self.bounds, self.counts, self.order, self.inverse, self.multiples)
             out: Tensor = GroupedLinear.apply(sums, self.weight, self.bias, groups)
             return out
 
@@ -136,11 +141,15 @@ class Groups:
     counts: Sequence[float]
     order: Tensor
     inverse: Tensor
+    multiples: Tensor
+    """The counts of all rows, shape (V,); 0 for those of no group."""
 
-    def gaps(self) -> list[tuple[int, int]]:
-        """Rows that belong to no group."""
+    def spans(self) -> list[tuple[int, int, int | None]]:
+        """All rows in order: from, to, and the number of their group; None for rows that belong to none."""
         starts, stops = [a for a, _ in self.bounds], [b for _, b in self.bounds]
-        return [(a, b) for a, b in zip([0, *stops], [*starts, len(self.order)], strict=True) if a < b]
+        gaps = zip([0, *stops], [*starts, len(self.order)], strict=True)
+        found = [(a, b, None) for a, b in gaps if a < b] + [(a, b, i) for i, (a, b) in enumerate(self.bounds)]
+        return sorted(found, key=lambda span: span[0])
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -151,11 +160,13 @@ class GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, sums: Tensor, weight: Tensor, bias: Tensor, groups: Groups) -> Tensor:
-        out = weight.new_empty(weight.shape[0], sums.shape[1])
-        for total, count, (a, b) in zip(sums, groups.counts, groups.bounds, strict=True):
-            out[a:b] = times_transposed(weight[a:b], total).add_(bias[a:b, None], alpha=count)
-        for a, b in groups.gaps():
-            out[a:b] = 0
+        parts = [
+            weight.new_zeros(b - a, sums.shape[1])
+            if group is None
+            else times_transposed(weight[a:b], sums[group]).add_(bias[a:b, None], alpha=groups.counts[group])
+            for a, b, group in groups.spans()
+        ]
+        out = torch.cat([weight.new_zeros(0, sums.shape[1]), *parts])  # the first: a hemisphere may have no vertex
         ctx.save_for_backward(sums, weight)
         ctx.groups = groups
         return out.index_select(0, groups.inverse).t().contiguous()
@@ -166,15 +177,28 @@ class GroupedLinear(torch.autograd.Function):
         sums, weight = ctx.saved_tensors
         groups: Groups = ctx.groups
         grad = grads[0].index_select(1, groups.order)
-        d_sums, d_weight, d_bias = torch.empty_like(sums), torch.empty_like(weight), grad.sum(dim=0)
-        for i, (a, b) in enumerate(groups.bounds):
-            part = grad[:, a:b]
-            d_sums[i] = times_transposed(part, weight[a:b].t())
-            d_weight[a:b] = times_transposed(part.t(), sums[i].t())
-            d_bias[a:b] *= groups.counts[i]
-        for a, b in groups.gaps():
-            d_weight[a:b], d_bias[a:b] = 0, 0
-        return d_sums, d_weight, d_bias, None
+        products = [times_transposed(grad[:, a:b], weight[a:b].t()) for a, b in groups.bounds]
+        d_sums = torch.stack(products) if products else torch.empty_like(sums)
+        d_bias = grad.sum(dim=0) * groups.multiples
+        return d_sums, _weight_gradient(grad, sums, weight, groups), d_bias, None
+
+
+def _weight_gradient(grad: Tensor, sums: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """(V, D), sorted. Written in place, or joined where a compiler looks on: to it, writing a slice is making the whole
+    anew from what stood there, and the expressions for hundreds of groups would grow into each other."""
+    spans = groups.spans()
+    if torch.compiler.is_compiling():
+        parts = [
+            weight.new_zeros(b - a, weight.shape[1])
+            if group is None
+            else times_transposed(grad[:, a:b].t(), sums[group].t())
+            for a, b, group in spans
+        ]
+        return torch.cat([weight.new_zeros(0, weight.shape[1]), *parts])
+    d_weight = torch.empty_like(weight)
+    for a, b, group in spans:
+        d_weight[a:b] = 0 if group is None else times_transposed(grad[:, a:b].t(), sums[group].t())
+    return d_weight
 
 
 def build_readout(queries: RoiQueries, hemisphere: str, hidden: int) -> QueryReadout:

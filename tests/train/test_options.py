@@ -46,10 +46,13 @@ def test_a_smaller_micro_batch_changes_memory_and_not_the_loss(small, tmp_path, 
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(900)
 def test_a_compiled_step_computes_the_same(small, tmp_path, losses):
     """Minutes of compiling on a slow machine, so not among the quick tests."""
     for compiled in (False, True):
-        train(small.config(tmp_path / str(compiled), compile=compiled, dropout=0.0, epochs=1, predict=False))
+        config = small.config(tmp_path / str(compiled), compile=compiled, dropout=0.0, epochs=1, predict=False)
+        result = train(config)
+        assert result.status == "done", result.reason
 
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
 
