@@ -231,6 +231,7 @@ def _ray(config: ExtractConfig, found: Survey) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # of Ray's processes: each thread's own arena holds some megabytes
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it narrates its plans; its log files still have them
     on_term = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as stack:
