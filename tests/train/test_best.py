@@ -159,6 +159,7 @@ def whole(small, tmp_path_factory):
     return config, made
 
 
+@pytest.mark.chaos
 def test_a_kill_between_the_two_pointers_does_not_cost_the_best(small, tmp_path, whole):
     """At each time that best.json would be written."""
     _, wanted = whole

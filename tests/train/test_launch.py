@@ -201,6 +201,7 @@ def test_sigterm_saves_and_exits_75_and_resume_goes_on(small, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.chaos
 def test_two_workers_of_ray_survive_a_kill_and_end_where_one_ends(small, tmp_path, ray_session, losses):
     """SIGKILL to rank 1 in step 7: the run restarts by itself, and the losses are those of one undisturbed worker."""
     one, two = (small.config(tmp_path / name, dropout=0.0) for name in ("one", "two"))
