@@ -25,6 +25,7 @@ from brainenc.errors import CheckpointUnusable, NoSpace
 from brainenc.guard.nvml import Nvml
 from brainenc.guard.probe import space
 from brainenc.guard.release import release
+from brainenc.units import format_bytes
 
 FORMAT = 1
 _CHUNK = 1 << 20
@@ -349,7 +350,8 @@ def _file_hash(path: Path) -> str:
 def _require_space(folder: Path, need: int) -> None:
     room = space(folder)
     if room is not None and room.free < need:
-        raise NoSpace(errno.ENOSPC, f"{need} bytes are needed and {room.free} are free", str(folder))
+        told = f"{format_bytes(need)} are needed and {format_bytes(room.free)} are free"
+        raise NoSpace(errno.ENOSPC, told, str(folder))
 
 
 def _tensor_bytes(value: Any) -> int:

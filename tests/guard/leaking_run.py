@@ -4,7 +4,9 @@ python leaking_run.py FOLDER MB_PER_S
 """
 
 import json
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -49,9 +51,10 @@ def main() -> None:
     small = _make(folder / "data", n_train=45, n_test=5)
     trigger = str(folder / "trigger")
     environment = {"worker_process_setup_hook": lambda: leak_when_told(trigger, rate)}
+    scratch = tempfile.mkdtemp(prefix="leak", dir="/tmp")  # short: the paths of Ray's sockets end at 107 characters
     ray.init(
         num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False,
-        logging_level="ERROR", runtime_env=environment,
+        logging_level="ERROR", runtime_env=environment, _temp_dir=scratch,
     )  # fmt: skip
     config = small.config(folder / "run", workers="2", epochs=4000, guard={"on_critical": "stop"})
     teller = threading.Thread(target=tell_at_step, args=(folder / "run/metrics.jsonl", 10, Path(trigger)), daemon=True)
@@ -60,6 +63,7 @@ def main() -> None:
     outcome = {"exit_code": result.exit_code, "status": result.status, "step": result.step}
     print(json.dumps({**outcome, "at": str(result.checkpoint)}))
     ray.shutdown()
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def test_a_crash_before_the_new_sum_leaves_a_file_that_is_accepted(tmp_path, mon
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "space", lambda folder: type("Room", (), {"free": 10})())
 
-    with pytest.raises(NoSpace, match="10 are free"):
+    with pytest.raises(NoSpace, match="10 B are free"):
         save(trained(), tmp_path / "a.pth")
     assert list(tmp_path.iterdir()) == []
 
