@@ -7,16 +7,12 @@ or map positions (H*W, C) row by row.
 
 from __future__ import annotations
 
-import math
-import mmap
 from dataclasses import dataclass
 
 import torch
 
 from brainenc.extract.capture import Heads
 
-_APART = 1 << 20
-"""Bytes from which a piece gets pages of its own."""
 MEANING = 1
 """Version of what the facets mean. Raise it when a facet begins to hold other numbers."""
 
@@ -102,16 +98,4 @@ def keep(rows: torch.Tensor, dtype: torch.dtype | None, *, own: bool = False) ->
     kept_alive = rows.untyped_storage().nbytes()
     if dtype is None and not own and kept_alive <= 2 * rows.numel() * rows.element_size():
         return rows
-    return _room(rows.shape, dtype or rows.dtype, rows.device).copy_(rows)
-
-
-def _room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory for what stays until the pass is over. On the host a large piece gets pages of its own.
-
-    From the heap it would lie among the temporaries of its layer, and the gaps around it would fit no later one: each
-    further layer then costs several times its output.
-    """
-    n_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or n_bytes < _APART:
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(mmap.mmap(-1, n_bytes), dtype=dtype).view(shape)
+    return torch.empty(rows.shape, dtype=dtype or rows.dtype, device=rows.device).copy_(rows)
