@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from benchmarks.figures import Figure
 from benchmarks.live_bytes import LiveBytes
 from benchmarks.published import PublishedEncoder
+from brainenc import allocator
 from brainenc.datasets.rois import RoiQueries
-from brainenc.train import EncoderConfig, allocator, build_encoder
+from brainenc.train import EncoderConfig, build_encoder
 
 TITLE = "Encoders against the published formulation"
 NOTES = """

@@ -1,8 +1,11 @@
 """The same rows in other people's stores: 32 random rows into one buffer. Runs in an environment of its own.
 
-    python store_peers.py ROWS.npy SCRATCH     ->  {"zarr": GB/s, ...} on the last line
+    python store_peers.py ROWS.npy SCRATCH     ->  {"zarr": {"batch": GB/s, "by hand": GB/s}, ...} on the last line
 
 Each peer in the layout that suits it best (one row a chunk, no compression), written once, read warm; best of rounds.
+Twice where it makes a difference: a batch as the peer's own pages read one (a list of indices where it takes one, else
+samples that are collected and stacked, as a loader's collate does), and by hand, row after row straight into the
+buffer, which is the fastest that anybody could make of it.
 """
 
 import json
@@ -24,11 +27,15 @@ def h5py_(rows, folder):
         file.create_dataset("x", data=rows)  # contiguous: the fastest to read
     data = h5py.File(path)["x"]
 
-    def read(batch, out):
+    def chosen(batch, out):
+        rows, places = np.unique(batch, return_inverse=True)  # it takes rising indices only
+        np.take(data[rows], places, axis=0, out=out)
+
+    def by_hand(batch, out):
         for target, row in enumerate(batch):
             data.read_direct(out, np.s_[row : row + 1], np.s_[target : target + 1])
 
-    return read
+    return chosen, by_hand
 
 
 def zarr_(rows, folder):
@@ -93,13 +100,7 @@ def litdata_(rows, folder):
         writer.add_item(index, {"x": row})
     writer.done()
     writer.merge(1)
-    data = litdata.StreamingDataset(str(folder / "lit"))
-
-    def read(batch, out):
-        for target, row in enumerate(batch):
-            out[target] = data[int(row)]["x"]
-
-    return read
+    return _by_sample(litdata.StreamingDataset(str(folder / "lit")))
 
 
 def streaming_(rows, folder):
@@ -109,13 +110,20 @@ def streaming_(rows, folder):
     with MDSWriter(out=str(folder / "mds"), columns={"x": f"ndarray:float16:{shape}"}, size_limit=1 << 28) as writer:
         for row in rows:
             writer.write({"x": row})
-    data = StreamingDataset(local=str(folder / "mds"), shuffle=False, batch_size=1)
+    return _by_sample(StreamingDataset(local=str(folder / "mds"), shuffle=False, batch_size=1))
 
-    def read(batch, out):
+
+def _by_sample(data):
+    """Data sets that give one sample at a time."""
+
+    def collated(batch, out):
+        np.stack([data[int(row)]["x"] for row in batch], out=out)
+
+    def by_hand(batch, out):
         for target, row in enumerate(batch):
             out[target] = data[int(row)]["x"]
 
-    return read
+    return collated, by_hand
 
 
 PEERS = {
@@ -147,7 +155,9 @@ def main():
         folder = scratch / name
         folder.mkdir()
         try:
-            found[name] = measure(make(rows, folder), rows)
+            made = make(rows, folder)
+            forms = made if isinstance(made, tuple) else (made, made)
+            found[name] = {form: measure(read, rows) for form, read in zip(("batch", "by hand"), forms, strict=True)}
         except Exception as error:  # a peer that cannot do this on this machine is a finding, not a failure
             found[name] = f"{type(error).__name__}: {error}"[:200]
         print(name, found[name], file=sys.stderr, flush=True)

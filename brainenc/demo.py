@@ -141,7 +141,7 @@ def extract_features(config: DemoConfig, backbone: Path, shown: Stage) -> Extrac
 
 def train_encoder(config: DemoConfig, feature: str, shown: Stage) -> float:
     """Ray Train on the store; returns the best validation correlation."""
-    from brainenc.train.allocator import give_back
+    from brainenc.allocator import give_back
     from brainenc.train.launch import resume, train
 
     give_back()  # what making features and extraction took in this process: the workers need it now

@@ -41,7 +41,7 @@ head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-addre
 
 # Ray looks at the memory of the whole machine and not at what Slurm gave us, so it is told; and one token for all nodes
 # of this job, so that nobody else on the network can hand it work.
-export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token
+export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token MALLOC_ARENA_MAX=1
 export RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')}
 export RAY_JOB_STOP_WAIT_TIME_S=60
 memory=$(( ${SLURM_MEM_PER_NODE:-0} * 1024 * 1024 ))

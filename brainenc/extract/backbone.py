@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,8 +109,9 @@ class Backbone:
 
     @torch.no_grad()  # not inference_mode: what comes out may be trained on
     def forward(
-        self, batch: torch.Tensor, features: Sequence[Feature], *, dtype: torch.dtype | None = None
-    ) -> dict[Feature, torch.Tensor]:
+        self, batch: torch.Tensor, features: Sequence[Feature], *, dtype: torch.dtype | None = None,
+        out: Mapping[Feature, torch.Tensor] | None = None,
+    ) -> dict[Feature, torch.Tensor]:  # fmt: skip
         """Every feature asked for, from one forward pass that ends at the last block needed.
 
         Args:
@@ -118,16 +119,17 @@ class Backbone:
             features: resolved by :func:`parse_features`.
             dtype: of the results, converted as each layer passes, so that what waits is already small; None leaves
                 the model's own. Values too large for it become infinite: the reader of the results must look.
+            out: feature -> (B, *row_shape), where results are copied as each layer passes, instead; in their own dtype.
 
         Returns:
-            feature -> (B, *row_shape), on the backbone's device; views of the model's own tensors where that keeps
-            nothing else alive.
+            feature -> (B, *row_shape), on the backbone's device or in ``out``; views of the model's own tensors where
+            that keeps nothing else alive.
 
         Raises:
             UnknownName: a feature that the backbone does not have.
         """
         self._check(features)
-        listener = _Listener(self._anatomy, features, dtype, batch.shape[2] / batch.shape[3])
+        listener = _Listener(self._anatomy, features, dtype, out or {}, batch.shape[2] / batch.shape[3])
         if not features:
             return {}
         batch = batch.to(self.device, non_blocking=True)
@@ -176,8 +178,11 @@ class Backbone:
 class _Listener:
     """Collects the features of one forward pass, and ends it when it has them all."""
 
-    def __init__(self, anatomy: Anatomy, features: Sequence[Feature], dtype: torch.dtype | None, aspect: float) -> None:
-        self._order, self._dtype, self._aspect = anatomy.order, dtype, aspect
+    def __init__(
+        self, anatomy: Anatomy, features: Sequence[Feature], dtype: torch.dtype | None,
+        out: Mapping[Feature, torch.Tensor], aspect: float,
+    ) -> None:  # fmt: skip
+        self._order, self._dtype, self._out, self._aspect = anatomy.order, dtype, out, aspect
         self._pending = anatomy.taps(features)
         self._calls: dict[str, int] = {}
         self.heard: dict[Feature, torch.Tensor] = {}
@@ -210,7 +215,9 @@ class _Listener:
 
     def _finish(self, tap: Tap, source: Callable[[str], torch.Tensor]) -> None:
         for feature in self._pending.pop(tap):
-            self.heard[feature] = facets.keep(source(feature.facet), self._dtype, own=tap.own)
+            self.heard[feature] = facets.keep(
+                source(feature.facet), self._dtype, own=tap.own, into=self._out.get(feature)
+            )
         if not self._pending:
             raise Enough
 

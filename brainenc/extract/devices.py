@@ -1,4 +1,7 @@
-"""The device a worker computes on: which one, what it is called, when it is out of memory. Worker and driver."""
+"""The device a worker computes on: which one, what it is called, when it is out of memory. Worker and driver.
+
+torch is imported where it is needed: a repeat that finds nothing to do gets by without it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from brainenc import allocator
 from brainenc.errors import UsageError
 
 _LIBRARIES = ("transformers", "open_clip_torch", "timm", "torchvision", "pillow", "numpy")
@@ -34,6 +36,8 @@ def resolve_device(device: str, *, elsewhere: bool = False) -> str:
     """
     if device == "cpu" or (device == "cuda" and elsewhere):
         return device
+    import torch
+
     if torch.cuda.is_available():
         return "cuda"
     if device == "cuda":
@@ -45,28 +49,38 @@ def device_fraction(device: str) -> float | None:
     """Share of the GPU's memory that is used, by whomever; None on a CPU."""
     if not device.startswith("cuda"):
         return None
+    import torch
+
     free, total = torch.cuda.mem_get_info()
     return 1 - free / total
 
 
 def device_count(device: str) -> int:
     """Model copies that make sense by default: one per GPU, else one."""
-    return max(1, torch.cuda.device_count()) if device == "cuda" else 1
+    if device != "cuda":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
 def device_name(device: str) -> str:
     """What receipts call it: ``cpu``, or the GPU's model, because equal bytes are promised per kind of device."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+    import torch
+
+    return str(torch.cuda.get_device_name(device)) if device.startswith("cuda") else "cpu"
 
 
 def environment(device: str, threads: int, micro_batch: int) -> dict[str, Any]:
     """What a shard was computed with, for its receipt. Neither clock nor host: equal work leaves equal receipts."""
-    versions = {name: _version(name) for name in _LIBRARIES}
+    import torch
+
+    versions = {name: library_version(name) for name in _LIBRARIES}
     return {
         "device": device_name(device),
         "threads": threads,
         "micro_batch": micro_batch,
-        "brainenc": _version("brainenc"),
+        "brainenc": library_version("brainenc"),
         "torch": torch.__version__,
         **{name: version for name, version in versions.items() if version},
     }
@@ -74,6 +88,8 @@ def environment(device: str, threads: int, micro_batch: int) -> dict[str, Any]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether less at a time may help: a device, the host, or the guard refused memory."""
+    import torch
+
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
@@ -83,7 +99,11 @@ def release_memory(device: str) -> None:
     """Give back what a failed pass left; only under pressure, because freeing and asking again costs time."""
     gc.collect()
     if device.startswith("cuda"):
+        import torch
+
         torch.cuda.empty_cache()
+    else:
+        allocator.give_back()
 
 
 def usable_cores() -> int:
@@ -103,7 +123,8 @@ def _cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
     return None
 
 
-def _version(distribution: str) -> str:
+def library_version(distribution: str) -> str:
+    """Of an installed distribution; empty where it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

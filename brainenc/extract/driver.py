@@ -1,4 +1,4 @@
-"""An extraction from its configuration to its summary. Ray is not even loaded when nothing is left to do."""
+"""An extraction from its configuration to its summary. Neither Ray nor the backbone is loaded if nothing is left."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def extract(config: ExtractConfig, *, progress: Callable[[ExtractProgress], None
         KeyboardInterrupt: Ctrl-C, after the same safe stop.
     """
     started = time.perf_counter()
-    found = survey(config)
+    found = survey(config, repeat=True)
     tidy(found)
     check_space(plan_of(found))
     run = Run(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from brainenc import allocator
 from brainenc.errors import BrainencError, ExtractionFailed, ShardSealed, StimuliChanged, ValueNotStorable
 from brainenc.extract.backbone import Backbone, load_backbone
 from brainenc.extract.changes import KnownHashes
@@ -25,6 +26,7 @@ from brainenc.extract.features import Feature
 from brainenc.extract.images import open_image
 from brainenc.extract.node_store import collection_beside
 from brainenc.extract.outcome import ShardOutcome, ShardPass
+from brainenc.extract.outputs import OutputBuffers
 from brainenc.extract.plan import ShardTask
 from brainenc.extract.reading import content_hash, image_from_pixels, read_bytes, read_pixels
 from brainenc.featurestore.collection import Collection
@@ -79,9 +81,14 @@ class Extractor:
         self._job, self._guard = job, guard or NullGuard()
         self._should_stop, self._on_batch = should_stop, on_batch
         torch.set_num_threads(job.threads)  # explicit: equal bytes need an equal number of threads
+        if job.device == "cpu":
+            allocator.keep_freed_memory()
         self._store = open_store(job.store, stage=job.stage)
         self._backbone = backbone or load_for(job)
         self._dtype: torch.dtype = getattr(torch, job.dtype)
+        self._outputs = (
+            OutputBuffers(self._dtype) if job.device == "cpu" else None
+        )  # a GPU's allocator keeps its blocks
         self._ahead = DecodeAhead(threads=job.decode_threads)
         self._ceiling: int | None = None
         """Micro-batch that memory allows here; learned, and kept for this worker's life."""
@@ -154,9 +161,9 @@ class Extractor:
         """Forward what is there of the batch, in pieces that fit, and append every row in order."""
         pixels = [image.pixels for image in batch if image.pixels is not None]
         absent = [n for n, image in enumerate(batch) if image.problem]
-        pieces = self._forward(shard, pixels, list(sinks))
+        pieces = self._forward(shard, pixels, sinks)
         if len(pixels) < len(batch):  # rare: worth a copy
-            pieces = iter([_with_gaps(list(pieces), sinks, batch, self._job.dtype)])
+            pieces = iter([_with_gaps(pieces, sinks, batch, self._job.dtype)])
             self._rows_done += len(batch) - len(pixels)
         for outputs in pieces:
             for feature, sink in sinks.items():
@@ -172,15 +179,18 @@ class Extractor:
             ) from error
 
     def _forward(
-        self, shard: ShardPass, pixels: Sequence[torch.Tensor], features: list[Feature]
+        self, shard: ShardPass, pixels: Sequence[torch.Tensor], sinks: Sinks
     ) -> Iterator[dict[Feature, np.ndarray]]:
-        """Outputs of all images in order, in one pass if memory allows; else the passes are halved until it does."""
+        """Outputs of all images in order, in one pass if memory allows; else the passes are halved until it does.
+
+        What is yielded is good until the next is asked for.
+        """
         start = 0
         while start < len(pixels):
             size = min(len(pixels) - start, self._ceiling or len(pixels))
             shard.begin_batch()
             self._on_batch(self._rows_done, size)
-            outputs = self._try(pixels[start : start + size], features)
+            outputs = self._try(pixels[start : start + size], sinks)
             if isinstance(outputs, str):
                 if size == 1:
                     raise ExtractionFailed(_nothing_fits(self._job, outputs))
@@ -192,15 +202,18 @@ class Extractor:
             self._rows_done += size
             shard.end_batch(size, self._ceiling)
 
-    def _try(self, pixels: Sequence[torch.Tensor], features: list[Feature]) -> dict[Feature, np.ndarray] | str:
+    def _try(self, pixels: Sequence[torch.Tensor], sinks: Sinks) -> dict[Feature, np.ndarray] | str:
         """One forward pass; the text of the error when memory ran out (not the error: its traceback holds tensors)."""
         try:
+            out = None
+            if self._outputs is not None:
+                out = self._outputs.take(len(pixels), {feature: sink.row_shape for feature, sink in sinks.items()})
             stacked = torch.stack(list(pixels))
             if self._job.device.startswith("cuda"):
                 stacked = stacked.pin_memory().to(self._job.device, non_blocking=True)
             with torch.inference_mode():
-                outputs = self._backbone.forward(stacked, features, dtype=self._dtype)
-                return {feature: _to_numpy(outputs.pop(feature)) for feature in features}
+                outputs = self._backbone.forward(stacked, list(sinks), dtype=self._dtype, out=out)
+                return {feature: _to_numpy(outputs.pop(feature)) for feature in sinks}
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -279,19 +292,19 @@ class Extractor:
 
 
 def _with_gaps(
-    pieces: Sequence[Mapping[Feature, np.ndarray]], sinks: Sinks, batch: Sequence[Decoded], dtype: str
+    pieces: Iterable[Mapping[Feature, np.ndarray]], sinks: Sinks, batch: Sequence[Decoded], dtype: str
 ) -> dict[Feature, np.ndarray]:
     """The rows of a batch: computed ones, those that another set has, and zeros where images are missing."""
     computed = [n for n, image in enumerate(batch) if image.pixels is not None]
-    whole: dict[Feature, np.ndarray] = {}
-    for feature, sink in sinks.items():
-        rows = np.zeros((len(batch), *sink.row_shape), logical_dtype(dtype))
-        if computed:
-            rows[computed] = np.concatenate([piece[feature] for piece in pieces])
-        for n, image in enumerate(batch):
-            if image.donation is not None:
-                rows[n] = image.donation.read(feature)
-        whole[feature] = rows
+    whole = {f: np.zeros((len(batch), *sink.row_shape), logical_dtype(dtype)) for f, sink in sinks.items()}
+    for piece in pieces:
+        for feature, rows in piece.items():
+            whole[feature][computed[: len(rows)]] = rows
+        computed = computed[len(rows) :]
+    for n, image in enumerate(batch):
+        if image.donation is not None:
+            for feature in sinks:
+                whole[feature][n] = image.donation.read(feature)
     return whole
 
 

@@ -84,7 +84,9 @@ def join_heads(heads: torch.Tensor) -> torch.Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def keep(rows: torch.Tensor, dtype: torch.dtype | None, *, own: bool = False) -> torch.Tensor:
+def keep(
+    rows: torch.Tensor, dtype: torch.dtype | None, *, own: bool = False, into: torch.Tensor | None = None
+) -> torch.Tensor:
     """What stays of a view after its layer: itself, or a compact copy.
 
     Copied when another dtype is wanted, when later modules may write into it (``own``), and when the view would
@@ -94,7 +96,15 @@ def keep(rows: torch.Tensor, dtype: torch.dtype | None, *, own: bool = False) ->
         rows: the view.
         dtype: of the result; None leaves it.
         own: a copy of its own in any case.
+        into: where to copy it, whatever the rest says; of the same shape.
+
+    Raises:
+        ValueError: ``into`` has another shape.
     """
+    if into is not None:
+        if into.shape != rows.shape:  # copying would repeat what is too small without a word
+            raise ValueError(f"rows of {tuple(rows.shape)} do not go into a buffer of {tuple(into.shape)}")
+        return into.copy_(rows)
     kept_alive = rows.untyped_storage().nbytes()
     if dtype is None and not own and kept_alive <= 2 * rows.numel() * rows.element_size():
         return rows

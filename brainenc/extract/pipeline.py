@@ -49,7 +49,7 @@ _NODE_GONE = (
     ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError, ray.exceptions.WorkerCrashedError,
     ray.exceptions.LocalRayletDiedError, ray.exceptions.ObjectLostError, ray.exceptions.RaySystemError,
 )  # fmt: skip
-TICK_S = 0.5
+TICK_S = 1.0
 """How often the driver looks at the ledger."""
 
 
@@ -231,7 +231,8 @@ def _ray(config: ExtractConfig, found: Survey) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # of Ray's processes: each thread's own arena holds some megabytes
+    # Of Ray's processes, which call us in a thread: arenas of threads hold some megabytes each, and keep nothing large.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it narrates its plans; its log files still have them
     on_term = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as stack:

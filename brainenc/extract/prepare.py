@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from brainenc.addresses import resolve
-from brainenc.errors import BadImages, NotAStore, ProvenanceMismatch
-from brainenc.extract.backbone import Backbone, load_backbone, parse_features
+from brainenc.errors import BadImages, BrainencError, NotAStore, ProvenanceMismatch
+from brainenc.extract import description as descriptions
 from brainenc.extract.changes import KnownHashes, changed_rows, refuse_changed, suspects
 from brainenc.extract.config import MICRO_BATCH, ExtractConfig, ExtractJob
+from brainenc.extract.description import Description
 from brainenc.extract.devices import device_count, resolve_device, usable_cores
 from brainenc.extract.features import Feature
 from brainenc.extract.images import open_image
@@ -80,8 +81,13 @@ class Survey:
         )  # fmt: skip
 
 
-def survey(config: ExtractConfig) -> Survey:
+def survey(config: ExtractConfig, *, repeat: bool = False) -> Survey:
     """List the images, load the backbone, and compare with what the store has. Creates nothing.
+
+    Args:
+        config: what is asked for.
+        repeat: try first what an earlier run has kept of the backbone, which saves loading it if nothing is left to
+            do, and keep it for the next.
 
     Raises:
         UnknownName, UsageError, DataError: what was asked for does not exist or does not go together.
@@ -89,22 +95,50 @@ def survey(config: ExtractConfig) -> Survey:
         ProvenanceMismatch: the store has these features, made in another way.
     """
     sets = {s.name: StimulusSet(s.name, s.rows) for s in list_sources(config.sources, merged=_merged_name(config))}
-    backbone = load_backbone(
-        config.backbone, slug=config.slug, size_policy=config.size_policy, image_size=config.image_size
-    ).to("cpu", config.compute)
-    features = parse_features(config.features, backbone.info)
-    device = resolve_device(config.device, elsewhere=resolve(config.address, command="extract") is not None)
-    actors = config.actors or device_count(device)
     store = _open(config)
     existing = frozenset(store.keys()) if store else frozenset()
+    if store is not None:
+        for stimuli in sets.values():
+            _compare_stimuli(store, stimuli, existing, check_all=config.check_images)
+    if repeat and existing:
+        found = _finished(config, sets, store, existing)
+        if found is not None:
+            return found
+    description = descriptions.loaded(config)
+    device = resolve_device(config.device, elsewhere=resolve(config.address, command="extract") is not None)
+    found = _compare(config, description, device, sets, store, existing)
+    if repeat:
+        descriptions.keep(config, description)
+    return found
+
+
+def _finished(
+    config: ExtractConfig, sets: Mapping[str, StimulusSet], store: FeatureStore | None, existing: frozenset[str]
+) -> Survey | None:
+    """The survey, if what is kept of the backbone shows that nothing is left to do."""
+    description = descriptions.kept(config)
+    if description is None:
+        return None
+    device = config.device if config.device != "auto" else "cpu"  # nothing will be computed on it
+    try:
+        found = _compare(config, description, device, sets, store, existing)
+    except (descriptions.NotKept, BrainencError):  # the backbone itself has the last word
+        return None
+    return None if found.tasks else found
+
+
+def _compare(
+    config: ExtractConfig, backbone: Description, device: str, sets: Mapping[str, StimulusSet],
+    store: FeatureStore | None, existing: frozenset[str],
+) -> Survey:  # fmt: skip
+    features = backbone.features(config.features)
+    actors = config.actors or device_count(device)
     threads = config.threads or max(1, usable_cores() // actors)
     shapes: dict[str, tuple[int, int]] = {}
     wanted: list[Wanted] = []
     identities: dict[str, Mapping[str, Any]] = {}
     details: dict[str, Mapping[str, Any]] = {}
     for name, stimuli in sets.items():
-        if store is not None:
-            _compare_stimuli(store, stimuli, existing, check_all=config.check_images)
         size = _image_size(stimuli)
         shapes[name] = backbone.input_shape(size)
         if config.micro_batch == "auto":
@@ -157,11 +191,11 @@ def _create_collection(store: FeatureStore, found: Survey, w: Wanted) -> Collect
 
 
 def _wanted(
-    config: ExtractConfig, backbone: Backbone, features: Sequence[Feature], stimuli: StimulusSet,
+    config: ExtractConfig, backbone: Description, features: Sequence[Feature], stimuli: StimulusSet,
     size: tuple[int, int], device: str, store: FeatureStore | None, existing: frozenset[str],
 ) -> list[Wanted]:  # fmt: skip
     """Every feature of one stimulus set. New collections take shard size and micro-batch from their neighbours."""
-    prefix = f"{stimuli.name}/{backbone.info.slug}/"
+    prefix = f"{stimuli.name}/{backbone.slug}/"
     row_shapes = {f: backbone.row_shape(f, size) for f in features}
     row_bytes = {f: math.prod(shape) * storage_dtype(config.dtype).itemsize for f, shape in row_shapes.items()}
     there = {k: store.collection(k) for k in sorted(existing) if k.startswith(prefix)} if store else {}
@@ -223,18 +257,18 @@ def _micro_batch_of(collection: Collection, default: int) -> int:
     return int(collection.details.get("micro_batch") or default)
 
 
-def _details(backbone: Backbone, w: Wanted, size: tuple[int, int]) -> dict[str, Any]:
+def _details(backbone: Description, w: Wanted, size: tuple[int, int]) -> dict[str, Any]:
     feature = Feature.parse(w.feature)
     return {**backbone.details(feature, size), "micro_batch": w.micro_batch, "image_size": list(size)}
 
 
-def _same_weights(key: str, collection: Collection, backbone: Backbone) -> None:
+def _same_weights(key: str, collection: Collection, backbone: Description) -> None:
     """One name, one set of weights: else features of two networks would stand side by side as one."""
-    stored, now = collection.identity.get("weights"), backbone.info.weights_hash
+    stored, now = collection.identity.get("weights"), backbone.weights_hash
     if stored not in (None, now):
         raise ProvenanceMismatch(
             key, {"weights": (stored, now)},
-            f"The name {backbone.info.slug!r} is taken by other weights here: give this backbone a name with --name.",
+            f"The name {backbone.slug!r} is taken by other weights here: give this backbone a name with --name.",
         )  # fmt: skip
 
 

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from brainenc.errors import UnknownName, UsageError
-from brainenc.extract.network import Network
-from brainenc.extract.preprocess import IMAGENET, Preprocessing
+
+if TYPE_CHECKING:  # torch: names of presets are asked for where none is loaded
+    from brainenc.extract.network import Network
+    from brainenc.extract.preprocess import Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +89,8 @@ def names_preset(name: str) -> bool:
 
 
 def _preprocessing(name: str, network: Network) -> Preprocessing:
+    from brainenc.extract.preprocess import IMAGENET, Preprocessing
+
     mean, std = IMAGENET
     if name.startswith("clip"):
         # Image.resize without an argument, as published, is bicubic.

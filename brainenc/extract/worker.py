@@ -25,7 +25,10 @@ from brainenc.guard.probe import Probe, anonymous_bytes
 from brainenc.guard.worker import Link, WorkerGuard, WorkerGuardConfig
 
 SAMPLE_S = 0.1
-REPORT_S = 0.5
+REPORT_S = 1.0
+HEARTBEAT_S = 1.0
+"""To the guard's coordinator, while all is calm. Each report costs the machine about half a percent of a core when sent
+twice a second, and extraction wants both cores of a small one; what changes is told at once all the same."""
 
 
 class Ledger(Protocol):
@@ -123,7 +126,7 @@ class Worker:
         """Host memory that gets short halves this worker's micro-batch, and if need be stops the run."""
         if not self._job.guard:
             return NullGuard()
-        config = WorkerGuardConfig(on_critical="shrink")
+        config = WorkerGuardConfig(on_critical="shrink", heartbeat_s=HEARTBEAT_S)
         guard = WorkerGuard(self._reading.worker, config, self._link, role="extract", uuids=())
         return self._open.enter_context(guard)
 

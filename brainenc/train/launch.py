@@ -193,7 +193,8 @@ def _cluster(config: TrainConfig, workers: Workers) -> Iterator[Any]:
     if workers.low < workers.high:  # a lost node counts as there for a while: try with what is left soon
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # of Ray's processes: each thread's own arena holds some megabytes
+    # Of Ray's processes, which call us in a thread: arenas of threads hold some megabytes each, and keep nothing large.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from brainenc.train import allocator
+from brainenc import allocator
 from brainenc.train.team import Team
 
 BUCKET_BYTES = 32 << 20

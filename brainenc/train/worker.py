@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from brainenc import atomic
+from brainenc import allocator, atomic
 from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import HEMISPHERES, Hemisphere
 from brainenc.errors import MemoryRefused
 from brainenc.guard.messages import NullGuard, StepGuard
 from brainenc.guard.pytorch import release_gpus
-from brainenc.train import allocator, checkpoint, finished, saver
+from brainenc.train import checkpoint, finished, saver
 from brainenc.train.best import settle
 from brainenc.train.checkpoint import Position
 from brainenc.train.config import TrainConfig

@@ -1,6 +1,9 @@
 """A run of two workers under Ray, one of which leaks: started by the tests inside a real memory limit.
 
-python leaking_run.py FOLDER MB_PER_S
+python leaking_run.py FOLDER MB_PER_S [FILL]
+
+FILL: fraction of the memory limit that the driver holds from the start, so that a slow leak is not long on its way.
+MB_PER_S 0 is as fast as the machine can.
 """
 
 import json
@@ -28,7 +31,8 @@ def leak_when_told(trigger: str, mb_per_s: float) -> None:
         while True:
             kept.append(b"\1" * piece)
             done += piece
-            time.sleep(max(0.0, start + done / (mb_per_s * MB) - time.perf_counter()))
+            if mb_per_s:
+                time.sleep(max(0.0, start + done / (mb_per_s * MB) - time.perf_counter()))
 
     threading.Thread(target=leak, daemon=True).start()
 
@@ -42,9 +46,11 @@ def tell_at_step(metrics: Path, step: int, trigger: Path) -> None:
 
 def main() -> None:
     folder, rate = Path(sys.argv[1]), float(sys.argv[2])
+    fill = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
     sys.path.insert(0, str(Path(__file__).parents[2]))
     import ray
 
+    from brainenc.guard.probe import Probe
     from brainenc.train.launch import train
     from tests.train.conftest import _make
 
@@ -57,10 +63,12 @@ def main() -> None:
         logging_level="ERROR", runtime_env=environment, _temp_dir=scratch,
     )  # fmt: skip
     config = small.config(folder / "run", workers="2", epochs=4000, guard={"on_critical": "stop"})
+    ram = Probe().ram()
+    held = b"\1" * max(0, int(fill * ram.limit) - ram.used)
     teller = threading.Thread(target=tell_at_step, args=(folder / "run/metrics.jsonl", 10, Path(trigger)), daemon=True)
     teller.start()
     result = train(config)
-    outcome = {"exit_code": result.exit_code, "status": result.status, "step": result.step}
+    outcome = {"exit_code": result.exit_code, "status": result.status, "step": result.step, "held": len(held)}
     print(json.dumps({**outcome, "at": str(result.checkpoint)}))
     ray.shutdown()
     shutil.rmtree(scratch, ignore_errors=True)

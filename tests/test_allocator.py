@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from brainenc.train import allocator
+from brainenc import allocator
 
 pytestmark = pytest.mark.skipif(allocator._glibc() is None, reason="only glibc's allocator is told to keep memory")
 
@@ -17,7 +17,7 @@ SCRIPT = """
 import resource, sys
 import psutil
 import torch
-from brainenc.train import allocator
+from brainenc import allocator
 
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":

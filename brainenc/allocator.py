@@ -1,8 +1,12 @@
-"""Memory that a step frees is kept for the next step, on the CPU.
+"""Memory that a step or a pass frees is kept for the next, on the CPU.
 
 glibc gives large blocks back to the kernel as soon as they are freed, and the kernel clears every page before it hands
-them out again: 250 MB a step at real size, an eighth of the time. What is kept this way is at most what the largest
-step needed; :func:`give_back` returns it when memory gets short. GPUs have PyTorch's own cache for the same reason.
+them out again: 250 MB a training step at real size, an eighth of its time. What is kept this way is at most what the
+largest step needed; :func:`give_back` returns it when memory gets short. GPUs have PyTorch's own cache for that.
+
+Only glibc's main arena keeps large blocks; a thread of another arena (of those that Ray calls us in, say) still gets
+and returns them one by one. So the processes of a Ray that we start have one arena (``MALLOC_ARENA_MAX=1``), and on a
+cluster that somebody else starts it is for them to set.
 """
 
 from __future__ import annotations
@@ -11,9 +15,10 @@ import ctypes
 import sys
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them, from malloc.h
 _NEVER = 2**31 - 1
