@@ -10,10 +10,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.figures import Figure
 
 TITLE = "Memory guard"
 NOTES = """\
+From an order to all ranks durable: two Ray workers train an encoder of 40 million parameters with Adam; one of them
+believes in pressure (a drill), the coordinator orders a stop, and the time is that of its account: from the order to
+the last acknowledgement, the rest of the step and the ranks' meeting included. The slowest of three.
 Races run under a real memory limit of 1.5 GB with 82 MB of training state in a plain script; twenty of each, and of a
 leak in one of two Ray workers, are in `make soak`. They need root and a memory control group, and are left out
 elsewhere. A detection is timed from the first look of the allocating process itself, after every 4 MB, that finds the
@@ -29,7 +34,7 @@ def run() -> list[Figure]:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        figures = [*_calm(folder), *_worker(), _saving(folder)]
+        figures = [*_calm(folder), *_worker(), _saving(folder), _all_ranks(folder)]
         if can_limit_memory():
             figures += [*_tense(folder), *_races(folder), _false_alarms(folder)]
     return figures
@@ -116,8 +121,47 @@ def _saving(folder: Path) -> Figure:
             os.fsync(file.fileno())
         plain.append(time.perf_counter() - start)
     return Figure(
-        name="order to durable, 40 M parameters with Adam", value=min(seconds), unit="s", target=2, at_most=True,
+        name="emergency file of 40 M parameters with Adam, plain script, slowest of three", value=max(seconds),
+        unit="s", target=2, at_most=True,
         reference=f"the same bytes written and flushed only: {min(plain):.2f} s", note=f"{n_bytes / 1e6:.0f} MB",
+    )  # fmt: skip
+
+
+def _all_ranks(folder: Path) -> Figure:
+    """Order to acknowledged by both of two ranks; 40 million parameters with Adam, local disk."""
+    from brainenc import records
+    from brainenc.datasets.algonauts import Subject
+    from brainenc.datasets.synthetic import synthesize
+    from brainenc.featurestore.store import open_store
+
+    rng, subject, store = np.random.default_rng(0), folder / "subj01", open_store(folder / "features", create=True)
+    synthesize(
+        subject, features=lambda paths: rng.standard_normal((len(paths), 4, 4, 32)), n_train=40, n_test=4,
+        vertices=(22_000, 23_000), seed=0,
+    )  # fmt: skip
+    ids = Subject.open(subject).ids("train")
+    details = {"n_prefix": 1, "grid": [4, 4]}
+    with store.writer("subj01-train/wide/1.q", ids=ids, row_shape=(17, 768), details=details) as writer:
+        writer.append(rng.standard_normal((len(ids), 17, 768)).astype(np.float16))
+    seconds, n_bytes = [], 0
+    for attempt in range(3):
+        run = folder / f"run{attempt}"
+        command = [
+            "train", "--subject-dir", subject, "--store", folder / "features", "--feature", "wide/1.q", "--out", run,
+            "--workers", 2, "--epochs", 40, "--batch-size", 4, "--on-critical", "stop", "--no-predict",
+            "--drill", "ram=0.95@step=8,rank=1",
+        ]  # fmt: skip
+        program = f"from brainenc.cli.main import main; main({list(map(str, command))!r})"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+        if done.returncode != 75:
+            raise RuntimeError(f"the drill ended with {done.returncode}: {done.stderr[-2000:]}")
+        (incident,) = [line for line in records.read(run / "guard.jsonl") if line["kind"] == "incident"]
+        assert (incident["outcome"], len(incident["acks"])) == ("saved", 2), incident
+        seconds.append(incident["closed_at"] - incident["opened_at"])
+        n_bytes = sum(file.stat().st_size for file in Path(incident["checkpoint"]).iterdir())
+    return Figure(
+        name="order to durable on both of two Ray workers, 40 M parameters with Adam", value=max(seconds), unit="s",
+        target=2, at_most=True, note=f"{n_bytes / 1e6:.0f} MB; {', '.join(f'{s:.2f}' for s in seconds)} s",
     )  # fmt: skip
 
 
@@ -143,6 +187,7 @@ while probe.levels()[0].fraction < .65:
     time.sleep(max(0, start + done / rate - time.perf_counter()))
 end = time.monotonic() + 1
 while len(woken) < 2 and time.monotonic() < end: time.sleep(.001)
+assert len(woken) == len(crossed) == 2, (woken, crossed)
 latencies = [w - c for w, c in zip(woken, crossed.values())]
 held = probe.levels()[0].fraction
 kept.append(b"1" * int((.75 - held) * probe.levels()[0].limit)); before = time.monotonic()
@@ -163,8 +208,8 @@ def _tense(folder: Path) -> list[Figure]:
     return [
         Figure(name="from crossing a threshold to the script's signal handler, the slowest", value=1e3 * max(latencies),
                unit="ms", target=150, at_most=True, note=f"{len(latencies)} crossings at 50 to 1,000 MB/s"),
-        Figure(name="watcher above 70 %, a look every 10 ms", value=100 * min(cores), unit="% of a core", target=1,
-               at_most=True),
+        Figure(name="watcher above 70 %, a look every 10 ms", value=100 * sorted(cores)[len(cores) // 2],
+               unit="% of a core", target=1, at_most=True, note=f"{100 * max(cores):.2f} at most"),
     ]  # fmt: skip
 
 

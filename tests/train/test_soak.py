@@ -20,7 +20,7 @@ def weights(out: str) -> dict[str, torch.Tensor]:
 
 def test_twenty_ranks_are_killed_in_mid_step_and_each_run_ends_bit_equal(small, tmp_path, ray_session, capsys):
     """At random steps. Prints what each death cost: steps done again, and seconds until training went on."""
-    fields = {"epochs": 4, "workers": "2"}
+    fields = {"epochs": 4, "workers": "2", "guard": {}}
     whole = small.config(tmp_path / "whole", **fields)
     assert train(whole).status == "done"
     wanted, rng = weights(whole.out), random.Random(7)
