@@ -28,7 +28,8 @@
     |- MemoryRefused (MemoryError)        a reservation that would not fit
     `- StoppedSafely                      stopped before the end on purpose, resumable (exit 75)
 
-Messages say what happened, where, what was found and wanted, and what to do, in one paragraph. Everything an
+Credentials are taken out of whatever an error is made with, so that neither its text nor its pickle nor its ``repr``
+has them. Messages say what happened, where, what was found and wanted, and what to do, in one paragraph. Everything an
 error carries goes positionally to ``Exception.__init__`` and the text is built in ``__str__``, so that errors
 survive the pickling between Ray's processes.
 """
@@ -39,12 +40,17 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from brainenc.redact import redacted
+
 
 class BrainencError(Exception):
     """Base of all errors that brainenc raises on purpose."""
 
     exit_code = 1
     """What the command line exits with."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*map(redacted, args))
 
 
 class UsageError(BrainencError, ValueError):
@@ -66,8 +72,7 @@ class UnknownName(UsageError):
 
     def __init__(self, kind: str, name: str, choices: Sequence[str], where: str = "", near: Sequence[str] = ()) -> None:
         super().__init__(kind, name, tuple(choices), where, tuple(near))
-        self.kind, self.name, self.choices, self.where = kind, name, tuple(choices), where
-        self.near = tuple(near)
+        self.kind, self.name, self.choices, self.where, self.near = self.args
 
     def __str__(self) -> str:
         place = f" in {self.where}" if self.where else ""
@@ -98,7 +103,7 @@ class BadImages(DataError):
 
     def __init__(self, reasons: Mapping[str, str], advice: str = "") -> None:
         super().__init__(dict(reasons), advice)
-        self.reasons, self.advice = dict(reasons), advice
+        self.reasons, self.advice = self.args
 
     def __str__(self) -> str:
         listing = "; ".join(f"{path}: {why}" for path, why in self.reasons.items())
@@ -124,7 +129,7 @@ class KeyNotFound(StoreError, KeyError):
 
     def __init__(self, key: str, where: str, keys: Sequence[str] = ()) -> None:
         super().__init__(key, where, tuple(keys))
-        self.key, self.where, self.keys = key, where, tuple(keys)
+        self.key, self.where, self.keys = self.args
 
     def __str__(self) -> str:
         there = f"There is: {', '.join(self.keys) or 'nothing'}."
@@ -153,7 +158,7 @@ class ProvenanceMismatch(StoreError):
 
     def __init__(self, what: str, differences: Mapping[str, tuple[Any, Any]], advice: str = "") -> None:
         super().__init__(what, dict(differences), advice)
-        self.what, self.differences, self.advice = what, dict(differences), advice
+        self.what, self.differences, self.advice = self.args
 
     def __str__(self) -> str:
         sides = "; ".join(f"{k}: stored {a!r}, wanted {b!r}" for k, (a, b) in self.differences.items())
@@ -182,7 +187,7 @@ class MissingRow(StoreError, LookupError):
 
     def __init__(self, stimulus_id: str, where: str) -> None:
         super().__init__(stimulus_id, where)
-        self.stimulus_id, self.where = stimulus_id, where
+        self.stimulus_id, self.where = self.args
 
     def __str__(self) -> str:
         return (
@@ -203,7 +208,7 @@ class Incomplete(StoreError, LookupError):
 
     def __init__(self, stimulus_id: str, where: str, rows: int, total: int) -> None:
         super().__init__(stimulus_id, where, rows, total)
-        self.stimulus_id, self.where, self.rows, self.total = stimulus_id, where, rows, total
+        self.stimulus_id, self.where, self.rows, self.total = self.args
 
     def __str__(self) -> str:
         return (
@@ -227,7 +232,7 @@ class CacheTooSmall(StoreError, ValueError):
 
     def __init__(self, need: int, have: int, where: str) -> None:
         super().__init__(need, have, where)
-        self.need, self.have, self.where = need, have, where
+        self.need, self.have, self.where = self.args
 
     def __str__(self) -> str:
         return (
@@ -279,7 +284,7 @@ class MemoryRefused(BrainencError, MemoryError):
 
     def __init__(self, wanted: int, free: int, what: str) -> None:
         super().__init__(wanted, free, what)
-        self.wanted, self.free, self.what = wanted, free, what
+        self.wanted, self.free, self.what = self.args
 
     def __str__(self) -> str:
         return f"{self.what} wants {self.wanted} bytes, but only {self.free} may still be used."

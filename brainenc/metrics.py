@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from brainenc.redact import redact
+
 GAUGES = {
     "images_per_s": "Images that went through the model per second, over all actors.",
     "images_done": "Images done in this run.",
+    "seconds_left": "Time until this run is done, at the rate of the last half minute.",
     "shards_sealed": "Shards sealed in this run, over all collections.",
     "retries": "Shards that were given to another worker.",
     "memory_bytes": "Anonymous memory of the workers that extract.",
@@ -40,11 +43,11 @@ class Gauges:
 
     Args:
         make: (name, description, tag keys) -> a gauge.
-        run: told apart by this label: the store or the run folder.
+        run: told apart by this label: the store or the run folder, shown without credentials.
     """
 
     def __init__(self, make: Callable[[str, str, tuple[str, ...]], Gauge], *, run: str) -> None:
-        self._make, self._tags = make, {"run": run}
+        self._make, self._tags = make, {"run": redact(run)}
         self._made: dict[str, Gauge] = {}
 
     def set(self, values: Mapping[str, Any]) -> None:

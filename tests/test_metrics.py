@@ -38,3 +38,12 @@ def test_what_is_no_number_or_unknown_is_passed_over():
     shown.set({"split": "train", "loss": float("nan"), "val_perf": None, "colour": 3})
 
     assert gauges == {}
+
+
+def test_the_time_that_is_left_is_a_gauge_while_it_is_known():
+    gauges, shown = made()
+
+    shown.set({"seconds_left": None})
+    assert gauges == {}
+    shown.set({"seconds_left": 90.0})
+    assert gauges["brainenc_seconds_left"].seen == [(90.0, {"run": "runs/first"})]

@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped safely and resumable, 13
 
 from __future__ import annotations
 
+import io
+import logging
 import sys
 import traceback
 from importlib import import_module
@@ -15,6 +17,7 @@ import brainenc
 from brainenc.cli.stopping import StopRequested, stoppable
 from brainenc.errors import BrainencError
 from brainenc.guard.messages import EXIT_STOPPED_SAFELY
+from brainenc.redact import redact
 
 COMMANDS = {
     "demo": "the whole path on a small subject made on the spot",
@@ -71,14 +74,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> int:
-    """Run one command line and return its exit code."""
+    """Run one command line and return its exit code. What it says of errors holds no credentials."""
+    if logging.lastResort is not None:  # what prints warnings, also those of clients
+        logging.lastResort.setFormatter(_Redacting())
     try:
         with stoppable(argv):
             result = cli.main(args=argv, prog_name="brainenc", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(redact(shown.getvalue()), err=True, nl=False)
         return error.exit_code
     except StopRequested as stop:
         click.echo(f"brainenc: stopped by {stop}; nothing was lost, and the same command goes on.", err=True)
@@ -87,13 +94,26 @@ def run(argv: list[str]) -> int:
         click.echo("brainenc: interrupted; the same command goes on from what was sealed.", err=True)
         return 130
     except BrainencError as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        click.echo(f"brainenc: {error}", err=True)
+        _tell(str(error), whole="--debug" in argv)
         return error.exit_code
     except OSError as error:  # a disk's or the system's, told as such: what it hit is named in it
-        if "--debug" in argv:
-            traceback.print_exc()
-        click.echo(f"brainenc: the system refused: {error}. `brainenc --debug ...` shows where.", err=True)
+        _tell(f"the system refused: {error}. `brainenc --debug ...` shows where.", whole="--debug" in argv)
+        return 1
+    except Exception as error:  # nobody's plan: its traceback, as Python would print it but for what is secret
+        _tell(f"this is a mistake in brainenc or in a library: {type(error).__name__}: {error}", whole=True)
         return 1
     return result if isinstance(result, int) else 0
+
+
+def _tell(text: str, *, whole: bool) -> None:
+    """An error in one paragraph; below its traceback, if that is asked for."""
+    if whole:
+        click.echo(redact(traceback.format_exc()), err=True, nl=False)
+    click.echo(redact(f"brainenc: {text}"), err=True)
+
+
+class _Redacting(logging.Formatter):
+    """Log lines as they would be printed, without credentials."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
