@@ -10,10 +10,13 @@ from typing import Any
 import click
 
 from brainenc.cli.progress import Progress
+from brainenc.cli.staging import stage_option, tell_handed_over
 from brainenc.cli.store_transfer import cp_command, export_command, import_command
+from brainenc.errors import BrainencError
 from brainenc.featurestore.overview import collection_summary, environments
 from brainenc.featurestore.recovery import Finding, Verification, debris, gc, repair, verify
 from brainenc.featurestore.store import FeatureStore, open_store
+from brainenc.redact import redact
 from brainenc.units import format_bytes, format_seconds
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print results as JSON.")
@@ -35,21 +38,30 @@ def command() -> None:
 
 @command.command(epilog=_example("ls brainenc-demo/store"))
 @store_argument
+@stage_option
 @json_option
-def ls(store: str, as_json: bool) -> None:
-    """The collections of a store: rows, shape, size, how complete."""
-    opened = open_store(store)
+def ls(store: str, stage: bool | None, as_json: bool) -> int:
+    """The collections of a store: rows, shape, size, how complete. Exit code 1 if one of them cannot be read."""
+    opened = open_store(store, stage=stage)
     with Progress("ls", json_lines=as_json) as progress:
         keys = opened.keys()
-        found = []
+        found, problems = [], []
         for done, key in enumerate(keys, 1):
-            found.append(collection_summary(opened, key))
+            try:
+                found.append(collection_summary(opened, key))
+            except (BrainencError, OSError) as error:  # what is wrong with one hides no other
+                problems.append({"key": key, "problem": redact(str(error))})
             progress.update(done, len(keys))
     if as_json:
-        click.echo(json.dumps({"store": opened.url, "collections": found}))
-        return
-    if not found:
-        click.echo(f"{opened.url} has no collections yet.")
+        click.echo(json.dumps({"store": opened.url, "collections": found, "problems": problems}))
+    else:
+        _print_list(opened.url, found, problems)
+    return 1 if problems else 0
+
+
+def _print_list(url: str, found: Sequence[dict[str, Any]], problems: Sequence[dict[str, str]]) -> None:
+    if not found and not problems:
+        click.echo(f"{url} has no collections yet.")
     width = max((len(str(item["key"])) for item in found), default=0)
     for item in found:
         rows = f"{item['rows_present']}/{item['rows']} rows"
@@ -57,15 +69,18 @@ def ls(store: str, as_json: bool) -> None:
         click.echo(
             f"{item['key']:<{width}}  {rows:>17}  {shape:>12}  {item['dtype']:<8}  {format_bytes(item['bytes'])}"
         )
+    for item in problems:
+        click.echo(f"BAD {item['key']}: {item['problem']}")
 
 
 @command.command(epilog=_example("info brainenc-demo/store subj01-train/dino-mini/2.q"))
 @store_argument
 @click.argument("key")
+@stage_option
 @json_option
-def info(store: str, key: str, as_json: bool) -> None:
+def info(store: str, key: str, stage: bool | None, as_json: bool) -> None:
     """All that is known about one collection: provenance, shards, what they were made with."""
-    opened = open_store(store)
+    opened = open_store(store, stage=stage)
     with Progress("info", json_lines=as_json) as progress:
         made_in = environments(opened.collection(key), progress.update)
     summary = {**collection_summary(opened, key), "environments": made_in}
@@ -83,14 +98,15 @@ def info(store: str, key: str, as_json: bool) -> None:
 @command.command("verify", epilog=_example("verify gs://lab/features subj01-train/dinov2-base/11.q"))
 @store_argument
 @keys_argument
+@stage_option
 @json_option
-def verify_command(store: str, keys: tuple[str, ...], as_json: bool) -> int:
+def verify_command(store: str, keys: tuple[str, ...], stage: bool | None, as_json: bool) -> int:
     """Read back every byte and compare with the checksums; names each bad shard. Exit code 1 if there is one.
 
     Shards that are sealed but in no manifest are named, too: readers do not see them. While an extraction runs, that
     is what it will commit within the next minute; afterwards, the same extraction or `store repair` commits them.
     """
-    result = _verified(open_store(store), keys, as_json)
+    result = _verified(open_store(store, stage=stage), keys, as_json)
     if as_json:
         click.echo(json.dumps(_as_json(result)))
     else:
@@ -102,8 +118,9 @@ def verify_command(store: str, keys: tuple[str, ...], as_json: bool) -> int:
 @store_argument
 @keys_argument
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@stage_option
 @json_option
-def repair_command(store: str, keys: tuple[str, ...], dry_run: bool, as_json: bool) -> int:
+def repair_command(store: str, keys: tuple[str, ...], dry_run: bool, stage: bool | None, as_json: bool) -> int:
     """Verify, and mend: afterwards, the same extraction computes just what is lost.
 
     Bad and half-written shards are dropped; receipts that are torn or gone are written again from their shards;
@@ -111,25 +128,29 @@ def repair_command(store: str, keys: tuple[str, ...], dry_run: bool, as_json: bo
     again; shards that were sealed but never committed are committed. Not beside a running extraction into the same
     collections.
     """
-    opened = open_store(store)
+    opened = open_store(store, stage=stage)
     result = _verified(opened, keys, as_json)
     with Progress("repair", json_lines=as_json) as progress:
         left = [] if dry_run else repair(opened, result.findings, progress=lambda n, of, _: progress.update(n, of))
+    flushed = opened.place.can.real_flush
     if as_json:
-        click.echo(json.dumps({**_as_json(result), "dry_run": dry_run, "not_mended": [_finding(f) for f in left]}))
+        told = {"dry_run": dry_run, "not_mended": [_finding(f) for f in left], "confirmed": flushed}
+        click.echo(json.dumps({**_as_json(result), **told}))
     else:
         _print_verification(result)
         _print_repair(result.findings, left, dry_run)
+        tell_handed_over(flushed or dry_run or not result.findings)
     return 1 if left else 0
 
 
 @command.command("gc", epilog=_example("gc brainenc-demo/store --dry-run"))
 @store_argument
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@stage_option
 @json_option
-def gc_command(store: str, dry_run: bool, as_json: bool) -> None:
+def gc_command(store: str, dry_run: bool, stage: bool | None, as_json: bool) -> None:
     """Remove what dead writers left and manifests long superseded, and say how much that was."""
-    opened = open_store(store)
+    opened = open_store(store, stage=stage)
     with Progress("gc", json_lines=as_json) as progress:
         found = []
         for item in debris(opened):

@@ -10,36 +10,40 @@ from typing import Any
 import click
 
 from brainenc.cli.progress import Progress
+from brainenc.cli.staging import stage_option, tell_handed_over
 from brainenc.datasets.algonauts import Subject
 from brainenc.errors import DataError, UsageError
 from brainenc.featurestore.exports import Exported, adeli_note, export_adeli, export_folder
 from brainenc.featurestore.imports import adeli_import_note, import_adeli, import_images, import_npy, is_adeli
-from brainenc.featurestore.store import open_store
+from brainenc.featurestore.places import is_staged
+from brainenc.featurestore.store import FeatureStore, open_store
 from brainenc.featurestore.transfer import copy, select_keys
 from brainenc.featurestore.view import FeatureView
 from brainenc.units import format_bytes, format_seconds
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print results as JSON.")
-_stage = click.option(
-    "--stage/--no-stage",
-    default=None,
-    help="Treat a folder as a mounted drive, or not; decided by its mount otherwise.",
-)
 
 
 @click.command("cp", epilog="\b\nExample: brainenc store cp gs://lab/features ~/features 'subj01-*/dinov2-base/11.q'")
 @click.argument("source")
 @click.argument("target")
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
-@_stage
+@click.option(
+    "--source-stage/--no-source-stage",
+    default=None,
+    help="The same for the source.",
+)
+@stage_option
 @_json
-def cp_command(source: str, target: str, keys: tuple[str, ...], stage: bool | None, as_json: bool) -> None:
+def cp_command(
+    source: str, target: str, keys: tuple[str, ...], source_stage: bool | None, stage: bool | None, as_json: bool
+) -> None:
     """Copy collections (all, or by key or pattern) from one store to another, wherever both lie.
 
     Every shard is checked when it arrives. What is in the target already is passed over: the same command goes on where
     an interrupted one stopped.
     """
-    origin = open_store(source)
+    origin = open_store(source, stage=source_stage)
     chosen = select_keys(origin, keys)
     goal = open_store(target, create=True, stage=stage)
     with Progress("cp", json_lines=as_json) as progress:
@@ -50,7 +54,10 @@ def cp_command(source: str, target: str, keys: tuple[str, ...], stage: bool | No
             progress=lambda n, of, n_bytes: progress.update(n, of, copied=format_bytes(n_bytes)),
         )
     if as_json:
-        fields = {"keys": done.keys, "shards": done.shards, "shards_there": done.shards_there, "bytes": done.bytes}
+        fields: dict[str, Any] = {
+            "keys": done.keys, "shards": done.shards, "shards_there": done.shards_there, "bytes": done.bytes,
+            "confirmed": goal.place.can.real_flush,
+        }  # fmt: skip
         click.echo(json.dumps({"source": origin.url, "target": goal.url, **fields, "seconds": done.seconds}))
         return
     there = f" ({done.shards_there} were there already)" if done.shards_there else ""
@@ -59,8 +66,7 @@ def cp_command(source: str, target: str, keys: tuple[str, ...], stage: bool | No
         f"{goal.url}: {len(done.keys)} collections, {done.shards} shards copied{there}, {format_bytes(done.bytes)} in "
         f"{format_seconds(done.seconds)} ({speed}/s)."
     )
-    if not goal.place.can.real_flush:
-        click.echo("Handed over to the drive, not confirmed: the next run that uses it reads it back.", err=True)
+    tell_handed_over(goal.place.can.real_flush)
 
 
 @click.command(
@@ -77,16 +83,17 @@ def cp_command(source: str, target: str, keys: tuple[str, ...], stage: bool | No
 @click.option("--clip", "clip_key", metavar="KEY", help="adeli: features of width 512 for clip_vit_512/.")
 @click.option("--subject", type=click.IntRange(1, 99), help="adeli: the subject's number [default: from the key].")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "stored"]), default="float32", show_default=True)
+@stage_option
 @_json
 def export_command(
     store: str, keys: tuple[str, ...], layout: str, out: Path, test_key: str | None, clip_key: str | None,
-    subject: int | None, dtype: str, as_json: bool,
+    subject: int | None, dtype: str, stage: bool | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Write features as plain NumPy files: the published code's folders (adeli), or one .npy a collection (npy).
 
     A file that is there with the same rows is left alone, one with others is an error.
     """
-    opened = open_store(store)
+    opened = open_store(store, stage=stage)
     with Progress("export", json_lines=as_json) as progress:
 
         def shown(done: int, total: int) -> None:
@@ -103,7 +110,7 @@ def export_command(
                 opened, select_keys(opened, keys), out, dtype=None if dtype == "stored" else dtype, progress=shown
             )
     note = adeli_note(made) if layout == "adeli" else ""
-    _print_exported(made, note, as_json)
+    _print_exported(made, note, as_json, flushed=not is_staged(out))
 
 
 @click.command(
@@ -112,33 +119,39 @@ def export_command(
 )
 @click.argument("store")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--key", help="Collection to make; for dinov2_q_last/01 it follows from the folder.")
+@click.option("--key", help="Collection to make; dinov2_q_last/01 and clip_vit_512/01 take none.")
 @click.option("--ids", "ids_file", type=click.Path(path_type=Path), help="Stimulus ids, one a line.")
 @click.option("--subject-dir", type=click.Path(path_type=Path), help="Take the ids from its images.")
 @click.option(
     "--dtype", type=click.Choice(["float16", "float32", "bfloat16"]), help="Storage dtype [default: the file's]."
 )
 @click.option(
-    "--backbone", default="dinov2-base", show_default=True, help="For dinov2_q_last: second part of the keys."
+    "--backbone", help="For folders with train.npy: second part of the keys [default: by dinov2_q_last, clip_vit_512]."
 )
-@click.option("--feature", default="11.q", show_default=True, help="For dinov2_q_last: third part of the keys.")
-@_stage
+@click.option("--feature", help="For folders with train.npy: third part of the keys [default: as for --backbone].")
+@stage_option
 @_json
 def import_command(
     store: str, path: Path, key: str | None, ids_file: Path | None, subject_dir: Path | None, dtype: str | None,
-    backbone: str, feature: str, stage: bool | None, as_json: bool,
+    backbone: str | None, feature: str | None, stage: bool | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Take over features made elsewhere: one .npy of rows, dinov2_q_last/01, or a folder with one .npy an image."""
     for wanted in (path, ids_file):
         if wanted is not None and not wanted.exists():
             raise DataError(f"{wanted} is not there.")
+    published = path.is_dir() and is_adeli(path)
+    if published and key is not None:
+        raise UsageError(
+            f"{path} holds two splits and --key {key} names one collection: say --backbone and --feature instead, or "
+            "import its files one by one."
+        )
     opened, note = open_store(store, create=True, stage=stage), ""
     with Progress("import", json_lines=as_json) as progress:
 
         def shown(done: int, total: int) -> None:
             progress.update(done, total)
 
-        if path.is_dir() and is_adeli(path):
+        if published:
             ids = (
                 None
                 if subject_dir is None
@@ -155,7 +168,7 @@ def import_command(
         else:
             names = _ids(key, ids_file, subject_dir)
             views = [import_npy(opened, key, path, ids=names, dtype=dtype, progress=shown)]
-    _print_imported(opened.url, views, note, as_json)
+    _print_imported(opened, views, note, as_json)
 
 
 def _ids(key: str, ids_file: Path | None, subject_dir: Path | None) -> Sequence[str] | None:
@@ -166,27 +179,30 @@ def _ids(key: str, ids_file: Path | None, subject_dir: Path | None) -> Sequence[
     return Subject.open(subject_dir).ids("test" if key.partition("/")[0].endswith("-test") else "train")
 
 
-def _print_exported(made: Sequence[Exported], note: str, as_json: bool) -> None:
+def _print_exported(made: Sequence[Exported], note: str, as_json: bool, *, flushed: bool) -> None:
     if as_json:
         files: list[dict[str, Any]] = [
             {"path": str(one.path), "key": one.key, "shape": one.shape, "dtype": one.dtype, "there": one.there}
             for one in made
         ]
-        click.echo(json.dumps({"files": files, "note": note}))
+        click.echo(json.dumps({"files": files, "note": note, "confirmed": flushed}))
         return
     for one in made:
         there = ", was there already" if one.there else ""
         click.echo(f"{one.path}: {'x'.join(map(str, one.shape))} {one.dtype}, from {one.key}{there}")
     if note:
         click.echo(note, err=True)
+    tell_handed_over(flushed)
 
 
-def _print_imported(url: str, views: Sequence[FeatureView], note: str, as_json: bool) -> None:
+def _print_imported(store: FeatureStore, views: Sequence[FeatureView], note: str, as_json: bool) -> None:
+    url, flushed = store.url, store.place.can.real_flush
     if as_json:
         found = [{"key": view.key, "shape": view.shape, "dtype": view.dtype.name} for view in views]
-        click.echo(json.dumps({"store": url, "collections": found, "note": note}))
+        click.echo(json.dumps({"store": url, "collections": found, "note": note, "confirmed": flushed}))
         return
     for view in views:
         click.echo(f"{view.key}: {'x'.join(map(str, view.shape))} {view.dtype}, in {url}")
     if note:
         click.echo(note, err=True)
+    tell_handed_over(flushed)

@@ -14,7 +14,7 @@ from brainenc.featurestore import commit, layout
 from brainenc.featurestore.documents import Json
 from brainenc.featurestore.formats import shard_format
 from brainenc.featurestore.inspection import LocalBytes, PlaceBytes, inspect
-from brainenc.featurestore.places.base import Doubting, Place, ShardCache
+from brainenc.featurestore.places.base import Doubting, Place, Refreshing, ShardCache
 from brainenc.featurestore.resuming import drop_unfit
 from brainenc.featurestore.schema import CollectionSpec, Manifest, Receipt, ShardEntry, differences
 from brainenc.featurestore.staged import look_back
@@ -294,6 +294,8 @@ class Collection:
         return receipts, shards
 
     def _probed(self) -> tuple[frozenset[int], frozenset[int]]:
+        if isinstance(self.place, Refreshing):
+            self.place.refresh(self.key)
         every = range(self.n_shards)
         receipts = frozenset(s for s in every if self.place.size(layout.receipt_file(self.key, s)) is not None)
         rest = (s for s in every if s not in receipts)

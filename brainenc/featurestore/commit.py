@@ -35,11 +35,21 @@ class Commit:
     manifest: Manifest
 
 
-def numbers(place: Place, key: str) -> list[int]:
-    """Numbers of all manifests of a collection, ascending, whole or not."""
-    if place.can.fresh_listing:
-        return sorted(_listed(place, key))
+def numbers(place: Place, key: str, *, known: int = 0) -> list[int]:
+    """Numbers of all manifests of a collection, ascending, whole or not.
+
+    Args:
+        place: where the collection lies.
+        key: its key.
+        known: a number that is there, whatever the listing shows.
+    """
     listed = _listed(place, key)
+    highest = max(listed, default=0)
+    if place.can.fresh_listing and highest >= known:
+        return sorted(listed)
+    probed = range(highest + 1, known)
+    listed += [number for number in probed if place.size(layout.manifest_file(key, number)) is not None]
+    listed += [known] if known > highest else []
     number = max(listed, default=0) + 1
     while place.size(layout.manifest_file(key, number)) is not None:  # newer than the listing
         listed.append(number)
@@ -119,16 +129,24 @@ def _papers(place: Place, key: str) -> tuple[Counter[str], Counter[str]]:
     return receipts, shards
 
 
-def latest(place: Place, key: str) -> Commit | None:
+def latest(place: Place, key: str, *, known: int = 0) -> Commit | None:
     """The highest whole manifest; None if the collection does not exist. Broken ones are passed over, with a warning.
+
+    Args:
+        place: where the collection lies.
+        key: its key.
+        known: a number that is there, whatever the listing shows.
 
     Raises:
         CorruptData: manifests are there, and not one is whole.
     """
     problem: CorruptData | None = None
-    for number in reversed(numbers(place, key)):
+    for number in reversed(numbers(place, key, known=known)):
         try:
             return Commit(number, read(place, key, number))
+        except FileNotFoundError:  # removed since it was listed
+            if number == known:  # the next commit must not be made without what this one says
+                raise
         except CorruptData as error:
             log.warning("passing over a broken manifest: %s", error)
             problem = problem or error
@@ -148,14 +166,16 @@ def advance(place: Place, key: str, change: Callable[[Manifest], Manifest]) -> C
     Raises:
         StoreError: the collection does not exist, or others were faster a thousand times.
     """
+    taken = 0  # a number that refused us is there, even where a listing does not show it for a while
     for _ in range(_TRIES):
-        current = latest(place, key)
+        current = latest(place, key, known=taken)
         if current is None:
             raise StoreError(f"{place.url}/{key} has no manifest: the collection was never created, or was removed.")
         wanted = change(current.manifest)
         if wanted == current.manifest:
             return current
-        number = numbers(place, key)[-1] + 1  # above broken ones, too
+        number = numbers(place, key, known=taken)[-1] + 1  # above broken ones, too
         if place.create(layout.manifest_file(key, number), wanted.to_bytes()):
             return Commit(number, wanted)
+        taken = number
     raise StoreError(f"{place.url}/{key}: no manifest number could be had in {_TRIES} tries; are many drivers at it?")

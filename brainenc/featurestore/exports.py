@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from brainenc.atomic import make_dirs, partial_name, publish_new
+from brainenc.atomic import make_dirs, partial_name, publish_new, write_new
 from brainenc.errors import UsageError
 from brainenc.featurestore import layout
 from brainenc.featurestore.arrays import (
@@ -92,7 +92,8 @@ def export_adeli(
         key: the q features of the training images, e.g. ``subj01-train/dinov2-base/11.q``.
         out: the parent of ``dinov2_q_last``.
         test_key: those of the test images; None: ``-train`` of the stimulus set replaced by ``-test``.
-        clip_key: features of width 512 for ``clip_vit_512``; those of the test images by the same rule.
+        clip_key: features of width 512 for ``clip_vit_512``; those of the test images by the same rule, or of the
+            stimulus set that ``test_key`` names.
         subject: its number; None: from the stimulus set's name.
         progress: told after each batch of each file.
 
@@ -103,7 +104,8 @@ def export_adeli(
     number = _subject_number(key) if subject is None else subject
     pairs = [(ADELI_FEATURES, "train", key), (ADELI_FEATURES, "test", test_key or _test_key(key))]
     if clip_key is not None:
-        pairs += [(ADELI_CLIP, "train", clip_key), (ADELI_CLIP, "test", _test_key(clip_key))]
+        clip_test = _test_key(clip_key) if test_key is None else _with_stimuli(clip_key, of=test_key)
+        pairs += [(ADELI_CLIP, "train", clip_key), (ADELI_CLIP, "test", clip_test)]
     views = [(folder, split, store[one]) for folder, split, one in pairs]
     for folder, _, view in views:
         _check_adeli(folder, view)
@@ -116,14 +118,22 @@ def export_adeli(
 def export_folder(
     store: FeatureStore, keys: Sequence[str], out: Path, *, dtype: str | None = None, progress: Progress | None = None
 ) -> list[Exported]:
-    """Write collections in the ``npy`` layout, beside the ids of their rows."""
-    done = []
+    """Write collections in the ``npy`` layout, beside the ids of their rows.
+
+    Raises:
+        UsageError: another file is there, of rows or of ids.
+    """
+    done, ids = [], {}
     for key in keys:
         view = store[key]
-        ids = out / layout.parse_key(key).stimuli / IDS_FILE
+        file = out / layout.parse_key(key).stimuli / IDS_FILE
+        ids[file] = "".join(f"{one}\n" for one in view.ids).encode()
+        _compare_ids(file, ids[file])  # before the work
         done.append(export_npy(view, out / f"{key}.npy", dtype=dtype, progress=progress))
-        if not ids.exists():
-            ids.write_text("".join(f"{one}\n" for one in view.ids), encoding="utf-8")
+    for file, wanted in ids.items():  # last: who finds it finds all rows that it is for
+        with full_disk_explained(file, len(wanted)):
+            if not write_new(file, wanted):
+                _compare_ids(file, wanted)
     return done
 
 
@@ -173,6 +183,15 @@ def _compare(view: FeatureView, path: Path, dtype: np.dtype) -> None:
         )
 
 
+def _compare_ids(file: Path, wanted: bytes) -> None:
+    found = file.read_bytes() if file.exists() else wanted
+    if found != wanted:
+        raise UsageError(
+            f"{file} is there already, with other stimulus ids ({len(found.splitlines())}; wanted "
+            f"{len(wanted.splitlines())}), or was cut. Nothing is overwritten: remove it, or choose another folder."
+        )
+
+
 def _subject_number(key: str) -> int:
     found = _SUBJECT.match(layout.parse_key(key).stimuli)
     if found is None:
@@ -187,6 +206,11 @@ def _test_key(key: str) -> str:
             f"{key!r} does not belong to a stimulus set ...-train: name the test images' key (--test KEY)."
         )
     return f"{parts.stimuli.removesuffix('-train')}-test/{parts.backbone}/{parts.layer}.{parts.facet}"
+
+
+def _with_stimuli(key: str, *, of: str) -> str:
+    """The same feature of another collection's images."""
+    return str(replace(layout.parse_key(key), stimuli=layout.parse_key(of).stimuli))
 
 
 def _check_adeli(folder: str, view: FeatureView) -> None:

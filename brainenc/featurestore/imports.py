@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from brainenc.errors import DataError
+from brainenc.errors import DataError, UsageError
 from brainenc.featurestore import layout
 from brainenc.featurestore.arrays import (
+    ADELI_CLIP,
     ADELI_FEATURES,
     ADELI_SHAPE,
     ADELI_SPLITS,
@@ -25,7 +26,8 @@ from brainenc.featurestore.view import FeatureView
 
 _NSD_ID = re.compile(r"nsd-?(\d+)")
 _SHARD_BYTES = 256 << 20
-_BACKBONE, _FEATURE = "dinov2-base", "11.q"  # what the published code's files are of
+_PUBLISHED = {ADELI_FEATURES: ("dinov2-base", "11.q"), ADELI_CLIP: ("clip-vit-512", "proj.token")}
+"""What the published code's folders hold: backbone and feature, by the name of the folder above the subject's."""
 
 
 def import_npy(
@@ -62,27 +64,37 @@ def is_adeli(folder: Path) -> bool:
 
 
 def import_adeli(
-    store: FeatureStore, folder: Path, *, backbone: str = _BACKBONE, feature: str = _FEATURE,
+    store: FeatureStore, folder: Path, *, backbone: str | None = None, feature: str | None = None,
     ids: Mapping[str, Sequence[str]] | None = None, dtype: str | None = None, progress: Progress | None = None,
 ) -> list[FeatureView]:  # fmt: skip
     """Take over ``.../dinov2_q_last/01`` (or its parent with one subject in it) as the subject's two collections.
 
+    ``dinov2_q_last`` and ``clip_vit_512`` say what they hold; folders of other names do not.
+
     Args:
         store: where to.
         folder: the folder with ``train.npy`` and ``synt.npy``.
-        backbone: second part of the keys.
-        feature: third part of the keys.
+        backbone: second part of the keys; None: by the parent folder's name.
+        feature: third part of the keys; None: by the parent folder's name.
         ids: split (``"train"``, ``"test"``) -> stimulus ids, in the order of rows.
         dtype: storage dtype; None: the files' own.
         progress: told after each batch.
 
     Raises:
         DataError: not such a folder, or its files' rows have different shapes.
+        UsageError: nothing says of which backbone and feature they are.
     """
     found = _adeli_folder(folder)
     if found is None:
         raise DataError(f"{folder} is no folder such as dinov2_q_last/01 with train.npy (and synt.npy) in it.")
     folder = found
+    published = _PUBLISHED.get(folder.parent.name, (None, None))
+    backbone, feature = backbone or published[0], feature or published[1]
+    if backbone is None or feature is None:
+        raise UsageError(
+            f"{folder} does not say what its rows are: only {' and '.join(_PUBLISHED)} are known by name, this lies "
+            f"in {folder.parent.name!r}. Name both, for example --backbone dinov2-base --feature 11.q."
+        )
     files = {split: folder / name for split, name in ADELI_SPLITS.items() if (folder / name).exists()}
     shapes = {path.name: open_npy(path).shape[1:] for path in files.values()}
     if len(set(shapes.values())) > 1:
@@ -100,7 +112,8 @@ def import_adeli(
 
 def adeli_import_note(views: Sequence[FeatureView]) -> str:
     """What to say of features that are filed as the published code's and have other rows; empty if there are none."""
-    odd = [view for view in views if view.shape[1:] != ADELI_SHAPE and view.key.endswith(f"/{_BACKBONE}/{_FEATURE}")]
+    published = "/".join(_PUBLISHED[ADELI_FEATURES])
+    odd = [view for view in views if view.shape[1:] != ADELI_SHAPE and view.key.endswith(f"/{published}")]
     if not odd:
         return ""
     return (
@@ -138,7 +151,7 @@ def import_images(
 
 def _adeli_folder(folder: Path) -> Path | None:
     """The folder named by a subject's number, which may be the only one in ``folder``."""
-    named = re.compile(r"\d\d")
+    named, folder = re.compile(r"\d\d"), folder.absolute()  # "." has no name
     found = [folder, *sorted(path.parent for path in folder.glob("[0-9][0-9]/train.npy"))]
     fitting = [path for path in found if named.fullmatch(path.name) and (path / "train.npy").exists()]
     return fitting[0] if len(fitting) == 1 else None

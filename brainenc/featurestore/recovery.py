@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -127,7 +128,11 @@ def debris(
         grace_s: the same where locks are not seen by all writers, so that age alone tells.
     """
     for path in dead_partials(store, just_opened_s=just_opened_s, grace_s=grace_s):
-        yield Debris(name=str(path), bytes=path.stat().st_size, why="a writer died over it")
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:  # another gc was faster
+            continue
+        yield Debris(name=str(path), bytes=size, why="a writer died over it")
     if not store.place.can.fresh_listing:
         return  # a number that looks free would be taken again by a driver with an old listing
     for key in store:
@@ -298,9 +303,11 @@ def _drop_broken_manifests(store: FeatureStore, key: str) -> None:
 def _is_dead(path: Path, grace_s: float) -> bool:
     """Whether a partial's writer is gone: its lock is free, and it has not just been made."""
     try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
+        fd = os.open(path, os.O_RDWR)  # NFS locks exclusively only what is open for writing
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS):  # gone, or not ours to remove
+            return False
+        raise
     try:
         if time.time() - os.fstat(fd).st_mtime < grace_s:
             return False

@@ -46,7 +46,7 @@ def drop_unfit(collection: Collection, receipts: Iterable[int], sizes: Mapping[i
 
 def _is_fit(collection: Collection, shard: int, entry: ShardEntry | None, sizes: Mapping[int, int] | None) -> bool:
     wanted = None if entry is None else entry.bytes
-    if entry is None or collection.place.can.mappable:
+    if entry is None or collection.place.can.mappable or collection.place.can.readable:
         receipt = collection.receipt_mended(shard)
         if receipt is None:
             return False

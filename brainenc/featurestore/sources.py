@@ -1,4 +1,4 @@
-"""Where a view's bytes come from: local shard files, or verified ranges of remote ones.
+"""Where a view's bytes come from: shard files that can be opened, or verified ranges of remote ones.
 
 Rows are copied with ``preadv``, not from maps: as fast from the page cache (see the decision record 0102), no page
 tables, and a failing disk is an ``OSError`` instead of a SIGBUS. Maps serve slices, which copy nothing.
@@ -62,7 +62,7 @@ def open_source(collection: Collection, manifest: Manifest, cache: ShardCache | 
     """
     if verify:
         return RangedSource(collection, manifest)
-    if collection.place.can.mappable:
+    if collection.place.can.mappable or collection.place.can.readable:
         return LocalSource(collection, manifest, None)
     sizes = [entry.bytes for entry in manifest.shards]
     if cache is not None and sizes and cache.budget < max(sizes):
@@ -122,6 +122,8 @@ class LocalSource(_ForkAware):
 
     def map(self, shard: int) -> np.ndarray | None:
         """The shard's rows, mapped read-only, of shape (rows, *row_shape)."""
+        if self._cache is None and not self._collection.place.can.mappable:
+            return None
         with self._mine():
             if shard in self._maps:
                 self._maps.move_to_end(shard)

@@ -9,7 +9,7 @@ import io
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,10 +21,12 @@ import xxhash
 from brainenc.errors import CorruptData, DataError
 from brainenc.featurestore.documents import UNREADABLE, canonical
 from brainenc.featurestore.layout import check_stimuli_name
+from brainenc.redact import bare_address
 
 _SCHEMA = pa.schema([("id", pa.string()), ("uri", pa.string()), ("size", pa.int64()), ("stamp", pa.string())])
 _SHOWN = 5  # differences spelled out in a message
 _CHUNK = 1 << 14  # rows that are Python objects at once
+_MAY_HOLD_KEYS = r"://.*[@=]"  # what bare_address() may change; most addresses are passed over without a look
 _PLAIN = r"^[ !#-\[\]-~]*$"  # what JSON writes as it is: printable ASCII without quote and backslash
 
 
@@ -35,7 +37,7 @@ class Stimulus:
     id: str
     """``nsd-00013`` where the file name has one, else the relative POSIX path."""
     uri: str = ""
-    """Where it was read from."""
+    """Where it was read from; in a store without credentials, so that workers are given their own list."""
     size: int | None = None
     """Bytes of the file."""
     stamp: str | None = None
@@ -106,6 +108,12 @@ class StimulusSet(Sequence[Stimulus]):
     def take(self, rows: Any) -> StimulusSet:
         """The stimuli of these rows, in this order and as often as they are named."""
         return _restored(self.name, self._table.take(pa.array(np.asarray(rows, np.int64))))
+
+    def without_credentials(self) -> StimulusSet:
+        """The same set, its URIs as they may be kept: without keys and signatures. Itself where there are none."""
+        if not pc.any(pc.match_substring_regex(self._column("uri"), _MAY_HOLD_KEYS), min_count=0).as_py():
+            return self
+        return StimulusSet(self.name, (replace(s, uri=s.uri and bare_address(s.uri)) for s in self))
 
     def to_arrow(self) -> bytes:
         """The table as an Arrow IPC file."""

@@ -49,7 +49,8 @@ def open_store(
     except FileNotFoundError as error:
         raise NotAStore(f"{place.url} is no feature store: it has no {layout.STORE_FILE}.") from error
     read_document("store", found, f"{place.url}/{layout.STORE_FILE}")
-    return FeatureStore(place, None if place.can.mappable else _open_cache(cache_dir, budget))
+    in_place = place.can.mappable or place.can.readable
+    return FeatureStore(place, None if in_place else _open_cache(cache_dir, budget))
 
 
 _STORE = write_document("store", {})
@@ -121,7 +122,7 @@ class FeatureStore:
             raise UnknownName("stimulus set", name, self.stimuli_names(), self.url) from None
 
     def add_stimuli(self, stimuli: StimulusSet) -> StimulusSet:
-        """Record a stimulus set, once for all.
+        """Record a stimulus set, once for all; of addresses that hold keys or signatures, what remains without.
 
         Returns:
             The set that the store has under this name.
@@ -129,6 +130,7 @@ class FeatureStore:
         Raises:
             StimuliChanged: it has another one.
         """
+        stimuli = stimuli.without_credentials()
         if self.place.create(layout.stimuli_file(stimuli.name), stimuli.to_arrow()):
             return stimuli
         stored = self.stimuli(stimuli.name)

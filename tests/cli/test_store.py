@@ -9,6 +9,8 @@ import pytest
 
 from brainenc.cli.main import run
 from brainenc.featurestore import open_store
+from brainenc.featurestore.places.local import LocalPlace
+from brainenc.featurestore.places.mount import STAGED_MARK, MountPlace
 from tests.featurestore.making import KEY, fill, make_collection, values
 
 
@@ -49,6 +51,53 @@ def test_ls_and_info_as_json(store, capsys):
     assert listed.items() <= info.items()
     assert (info["rows_present"], info["shards_sealed"], info["details"]) == (23, 5, {"n_prefix": 1})
     assert info["environments"] == [{"torch": "2", "shards": 5}]
+
+
+def test_ls_lists_what_is_whole_and_names_what_is_not(store, capsys):
+    other = "subj01-train/dinov2-mini/2.q"
+    made = make_collection(store, key=other)
+    fill(made, values(23))
+    made.commit()
+    for manifest in (store / KEY).glob("manifest-*.json"):
+        manifest.write_bytes(manifest.read_bytes()[:-9])
+    assert run(["store", "ls", str(store)]) == 1
+    out = capsys.readouterr().out
+    assert f"{other}  " in out
+    assert f"BAD {KEY}: " in out
+    assert run(["store", "ls", str(store), "--json"]) == 1
+    listed = json.loads(capsys.readouterr().out)
+    assert [item["key"] for item in listed["collections"]] == [other]
+    (problem,) = listed["problems"]
+    assert problem["key"] == KEY
+    assert "torn or was changed" in problem["problem"]
+
+
+STORE_COMMANDS = (["ls"], ["info", KEY], ["verify"], ["repair"], ["gc"])
+
+
+@pytest.mark.parametrize("command", STORE_COMMANDS)
+def test_every_command_may_be_told_to_stage(store, monkeypatch, command):
+    opened = []
+
+    def spy(*args, **options):
+        opened.append(open_store(*args, **options))
+        return opened[-1]
+
+    monkeypatch.setattr("brainenc.cli.store.open_store", spy)
+    for flag, place in (("--stage", MountPlace), ("--no-stage", LocalPlace)):
+        assert run(["store", command[0], str(store), *command[1:], flag]) == 0
+        assert isinstance(opened.pop().place, place)
+    assert not (store / STAGED_MARK).exists(), "readers leave no mark"
+
+
+def test_repair_of_a_staged_store_says_that_nothing_is_confirmed(store, capsys):
+    damage(store)
+    assert run(["store", "repair", str(store), "--stage"]) == 0
+    assert "Handed over to the drive, not confirmed" in capsys.readouterr().err
+    assert run(["store", "repair", str(store), "--stage"]) == 0
+    assert "Handed over" not in capsys.readouterr().err, "nothing was mended"
+    assert run(["store", "repair", str(store), "--stage", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["confirmed"] is False
 
 
 def test_info_warns_of_shards_from_different_environments(store, capsys):
@@ -118,7 +167,7 @@ def test_an_unknown_collection_is_answered_with_those_there_are(store, capsys):
 
 
 def test_an_error_of_the_system_is_one_line(store, monkeypatch, capsys):
-    monkeypatch.setattr("brainenc.cli.store.open_store", lambda url: Path("/proc/self/mem/nothing").read_text())
+    monkeypatch.setattr("brainenc.cli.store.open_store", lambda url, **_: Path("/proc/self/mem/nothing").read_text())
     assert run(["store", "ls", str(store)]) == 1
     err = capsys.readouterr().err
     assert "the system refused: [Errno 20]" in err

@@ -41,6 +41,32 @@ def test_cp_to_a_drive_says_that_nothing_is_confirmed(store, tmp_path, capsys):
     assert "Handed over to the drive, not confirmed" in capsys.readouterr().err
 
 
+def test_what_was_written_staged_is_read_staged_without_the_flag(store, tmp_path, capsys):
+    drive = str(tmp_path / "drive")
+    assert run(["store", "cp", store.url, drive, "--stage", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["confirmed"] is False
+    opened = open_store(drive)
+    assert not opened.place.can.mappable
+    assert np.array_equal(opened[TRAIN][:], store[TRAIN][:])
+    assert open_store(drive, stage=False).place.can.mappable, "who says otherwise is believed"
+    assert open_store(store.url).place.can.mappable
+    assert run(["store", "cp", drive, str(tmp_path / "back"), "--no-source-stage"]) == 0
+    assert open_store(tmp_path / "back").keys() == store.keys()
+
+
+def test_export_and_import_say_that_nothing_is_confirmed(store, tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "rows.npy", np.ones((3, 2), np.float32))
+    rows = [str(tmp_path / "rows.npy"), "--key", "s/net/1.q"]
+    assert run(["store", "import", str(tmp_path / "drive"), *rows, "--stage"]) == 0
+    assert "Handed over to the drive, not confirmed" in capsys.readouterr().err
+    assert run(["store", "import", str(tmp_path / "disk"), *rows]) == 0
+    assert run(["store", "export", store.url, TEST, "--out", str(tmp_path / "out"), "--no-stage"]) == 0
+    assert "Handed over" not in capsys.readouterr().err
+    monkeypatch.setattr("brainenc.featurestore.places.mount.needs_staging", lambda path: path.name == "mounted")
+    assert run(["store", "export", store.url, TEST, "--out", str(tmp_path / "mounted")]) == 0
+    assert "Handed over to the drive, not confirmed" in capsys.readouterr().err
+
+
 def test_cp_of_an_unknown_key_fails_with_those_there_are(store, tmp_path, capsys):
     assert run(["store", "cp", store.url, str(tmp_path / "copy"), "no/such/1.q"]) == 1
     assert TRAIN in capsys.readouterr().err
@@ -56,6 +82,20 @@ def test_export_for_the_old_code_says_what_its_loader_wants(store, tmp_path, cap
     assert np.load(out / "dinov2_q_last/01/synt.npy").shape == (2, 4, 3)
     assert run(["store", "export", store.url, TRAIN, "--layout", "adeli", "--out", str(out), "--json"]) == 0
     assert all(file["there"] for file in json.loads(capsys.readouterr().out)["files"])
+
+
+def test_export_takes_the_clip_features_of_the_images_that_test_names(store, tmp_path, capsys):
+    for key, n in (("mine/q/11.q", 6), ("held_out/q/11.q", 2), ("mine/clip/p.token", 6), ("held_out/clip/p.token", 2)):
+        shape = (4, 512) if "clip" in key else (4, 3)
+        with store.writer(key, ids=[f"nsd-{i:05d}" for i in range(n)], row_shape=shape) as writer:
+            writer.append(np.full((n, *shape), n, np.float16))
+    out = tmp_path / "out"
+    options = ["--layout", "adeli", "--out", str(out), "--subject", "3", "--clip", "mine/clip/p.token"]
+    assert run(["store", "export", store.url, "mine/q/11.q", *options]) == 2
+    assert "--test KEY" in capsys.readouterr().err
+    assert run(["store", "export", store.url, "mine/q/11.q", *options, "--test", "held_out/q/11.q"]) == 0
+    assert np.load(out / "clip_vit_512/03/synt.npy").shape == (2, 4, 512)
+    assert np.load(out / "clip_vit_512/03/train.npy").shape == (6, 4, 512)
 
 
 def test_export_of_many_as_plain_files(store, tmp_path, capsys):
@@ -74,6 +114,32 @@ def test_import_of_the_old_codes_files(store, tmp_path, capsys):
     assert run(["store", "import", str(tmp_path / "named"), folder, "--backbone", "dino-mini"]) == 0
     assert "Note" not in capsys.readouterr().err
     assert np.array_equal(open_store(again)[TEST][:], store[TEST][:])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_import_files_only_what_it_knows_by_name(tmp_path, monkeypatch, capsys, inside):
+    for parent in ("clip_vit_512", "my_resnet"):
+        (tmp_path / parent / "01").mkdir(parents=True)
+        for name, n in (("train", 3), ("synt", 2)):
+            np.save(tmp_path / parent / "01" / f"{name}.npy", np.ones((n, 4, 512), np.float32))
+    store = str(tmp_path / "s")
+
+    def imported(parent, *more):
+        monkeypatch.chdir(tmp_path / parent / "01" if inside else tmp_path)
+        return run(["store", "import", store, "." if inside else f"{parent}/01", *more])
+
+    assert imported("clip_vit_512") == 0
+    assert imported("my_resnet") == 2
+    said = capsys.readouterr().err
+    assert "does not say what its rows are" in said
+    assert "--backbone dinov2-base --feature 11.q" in said
+    assert imported("my_resnet", "--backbone", "resnet50") == 2
+    assert imported("my_resnet", "--key", "subj01-train/resnet50/layer4.token") == 2
+    assert "two splits" in capsys.readouterr().err
+    keys = ["subj01-test/clip-vit-512/proj.token", "subj01-train/clip-vit-512/proj.token"]
+    assert open_store(store).keys() == keys
+    assert imported("my_resnet", "--backbone", "resnet50", "--feature", "layer4.token") == 0
+    assert "subj01-train/resnet50/layer4.token" in open_store(store)
 
 
 def test_import_of_one_file_and_of_one_file_an_image(tmp_path, capsys):
@@ -98,7 +164,7 @@ def test_import_of_rows_of_another_width_is_refused(tmp_path, capsys):
     for name, shape in (("train", (3, 4, 6)), ("synt", (2, 4, 5)), ("same", (2, 9, 6))):
         (tmp_path / "01").mkdir(exist_ok=True)
         np.save(tmp_path / f"01/{name}.npy", np.ones(shape, np.float32))
-    assert run(["store", "import", store, str(tmp_path / "01")]) == 1
+    assert run(["store", "import", store, str(tmp_path / "01"), "--backbone", "net", "--feature", "1.q"]) == 1
     assert "different shapes: train.npy of 4 x 6, synt.npy of 4 x 5" in capsys.readouterr().err
     assert open_store(store).keys() == []
     assert run(["store", "import", store, str(tmp_path / "01/train.npy"), "--key", "a-train/net/1.q"]) == 0

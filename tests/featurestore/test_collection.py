@@ -16,6 +16,7 @@ from brainenc.errors import CorruptData, ShardSealed, StoreError, UsageError, Va
 from brainenc.featurestore import commit, open_store
 from brainenc.featurestore.collection import Collection
 from brainenc.featurestore.dtypes import logical_dtype, to_storage
+from brainenc.featurestore.places.local import LocalPlace
 from brainenc.featurestore.recovery import verify
 from brainenc.featurestore.schema import Manifest
 from tests.featurestore.making import KEY, fill, make_collection, tree, values
@@ -280,6 +281,34 @@ class TestCommit:
         assert [entry.shard for entry in collection.manifest().shards] == list(range(24))
         numbers = commit.numbers(collection.place, KEY)
         assert numbers == list(range(1, len(numbers) + 1))
+
+    @pytest.mark.parametrize("claimed_fresh", [True, False])
+    def test_a_stale_listing_costs_one_try_and_not_all(self, tmp_path, monkeypatch, claimed_fresh):
+        """As a network file system shows it for up to a minute, to drivers on several machines."""
+        collection, rows = make_collection(tmp_path), values(23)
+        for shard in range(2):
+            fill(collection, rows, shards=[shard])
+            collection.commit()
+        fill(collection, rows, shards=[2])
+        place = Stale(tmp_path)
+        place.can = replace(LocalPlace.can, fresh_listing=claimed_fresh)
+        monkeypatch.setattr(commit, "_TRIES", 2)
+        Collection(place, KEY, collection.spec).commit()
+        current = commit.latest(collection.place, KEY)
+        assert current.number == 4
+        assert [entry.shard for entry in current.manifest.shards] == [0, 1, 2]
+
+    def test_a_manifest_that_was_removed_since_it_was_listed_is_passed_over(self, tmp_path, monkeypatch):
+        collection = make_collection(tmp_path)
+        monkeypatch.setattr(commit, "_listed", lambda place, key: [1, 2])
+        assert commit.latest(collection.place, KEY).number == 1
+
+
+class Stale(LocalPlace):
+    """Lists no manifest but the first."""
+
+    def list(self, prefix=""):
+        return (entry for entry in super().list(prefix) if "manifest-" not in entry.name or "000001" in entry.name)
 
 
 def _write_everything(folder, n, per_shard, order, results):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +98,18 @@ def test_the_page_names_every_field_there_is(folder):
         if name.endswith(".json"):
             for field in json.loads((folder / name).read_bytes()):
                 assert f"`{field}`" in page, f"{field} of {name} is not on the page"
+
+
+def test_the_contracts_run_as_the_page_says(tmp_path):
+    """In a stranger's test file, with a format and a place that hold to them."""
+    page = (Path(__file__).parents[2] / "docs" / "store-format.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    theirs = (
+        "from brainenc.featurestore.formats.npy import NpyFormat as MyFormat\n"
+        "from brainenc.featurestore.places.local import LocalPlace as MyPlace\n"
+    )
+    (tmp_path / "test_mine.py").write_text(theirs + code)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20

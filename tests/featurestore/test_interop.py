@@ -124,6 +124,30 @@ class TestExport:
         assert np.load(tmp_path / f"out/{TEST}.npy").dtype == np.float16
         assert (tmp_path / "out/subj01-test/ids.txt").read_text().splitlines() == store[TEST].ids
 
+    def test_ids_that_were_cut_are_refused_and_not_trusted(self, store, tmp_path):
+        export_folder(store, [TEST], tmp_path / "out")
+        ids = tmp_path / "out/subj01-test/ids.txt"
+        whole = ids.read_bytes()
+        ids.write_bytes(whole[:-9])
+        with pytest.raises(UsageError, match=r"ids.txt is there already, with other stimulus ids \(3; wanted 3\)"):
+            export_folder(store, [TEST], tmp_path / "out")
+        ids.unlink()
+        export_folder(store, [TEST], tmp_path / "out")
+        assert ids.read_bytes() == whole
+
+    def test_ids_come_last_and_whole(self, store, tmp_path):
+        def stop_in_the_second(done, total):
+            if (tmp_path / f"out/{TRAIN}.npy").exists():
+                raise KeyboardInterrupt
+
+        keys = [TRAIN, "subj01-train/clip/last.token"]
+        with pytest.raises(KeyboardInterrupt):
+            export_folder(store, keys, tmp_path / "out", progress=stop_in_the_second)
+        assert not (tmp_path / "out/subj01-train/ids.txt").exists()
+        export_folder(store, keys, tmp_path / "out")
+        assert (tmp_path / "out/subj01-train/ids.txt").read_text().splitlines() == store[TRAIN].ids
+        assert [path.name for path in (tmp_path / "out/subj01-train").glob(".*")] == [], "nothing half-written is left"
+
     def test_bfloat16_goes_out_as_float32(self, tmp_path):
         store = open_store(tmp_path / "s", create=True)
         add(store, "s/n/1.q", random((5, 3)), dtype="bfloat16")

@@ -49,6 +49,13 @@ class TestRecognition:
         assert isinstance(open_place(tmp_path / "a", create=True), LocalPlace)
         assert isinstance(open_place(tmp_path / "b", create=True, stage=True), MountPlace)
 
+    def test_what_the_user_said_holds_for_those_who_come_later(self, tmp_path):
+        open_place(tmp_path / "b", create=True, stage=True)
+        assert isinstance(open_place(tmp_path / "b"), MountPlace)
+        assert isinstance(open_place(tmp_path / "b", create=True), MountPlace)
+        assert isinstance(open_place(tmp_path / "b", stage=False), LocalPlace)
+        assert list(open_place(tmp_path / "b").list()) == []
+
     def test_a_folder_that_is_not_there_is_no_store(self, tmp_path):
         with pytest.raises(NotAStore, match="Is the drive mounted"):
             open_place(tmp_path / "absent", stage=True)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from brainenc.featurestore.places import open_place
 from brainenc.featurestore.places.object import ObjectPlace
 from brainenc.featurestore.services.generic import FsspecService
 from brainenc.featurestore.services.patience import Patience
+from brainenc.featurestore.services.s3 import S3Service
 from brainenc.featurestore.testing import PlaceContract
 from tests.emulators.faultfs import FLIP, LOST, SHORT, FaultFS, Plan
 
@@ -212,6 +214,60 @@ class TestFaultsOfTheNetwork:
         monkeypatch.setattr(gcs.service, "_check", lambda bucket, name, query, prefix="if": None)
         with pytest.raises(PlaceUnfit, match="only if absent"):
             ObjectPlace("gs://lab/store").create("a.json", b"data")
+
+
+class TestUploadsInParts:
+    """Large shards, whose condition goes with the last request of their upload."""
+
+    LARGE = bytes(17 * 2**20)
+
+    def test_nothing_is_overwritten_by_one(self, s3):
+        place = ObjectPlace(s3, patience=QUICK)
+        assert place.create("s.arrow", b"first")
+        assert not place.publish(partial_with(place, "s.arrow", self.LARGE), "s.arrow")
+        assert place.read("s.arrow") == b"first"
+
+    @pytest.mark.parametrize("way", ["a server that ignores it", "a client that drops it"])
+    def test_a_condition_that_does_not_hold_for_them_is_found_at_the_first_creation(self, s3, monkeypatch, way):
+        if way == "a server that ignores it":
+            from moto.s3.models import S3Backend
+
+            answer = S3Backend.get_object
+
+            def blind(self, bucket, key, *args, **kwargs):  # what the server looks at before it completes an upload
+                asked_by = sys._getframe(1).f_code.co_name
+                return None if asked_by == "_key_response_post" else answer(self, bucket, key, *args, **kwargs)
+
+            monkeypatch.setattr(S3Backend, "get_object", blind)
+        else:
+            asked = S3Service._call
+
+            def old_client(self, limit, method, key, **request):
+                request = {
+                    k: v for k, v in request.items() if method != "complete_multipart_upload" or k != "IfNoneMatch"
+                }
+                return asked(self, limit, method, key, **request)
+
+            monkeypatch.setattr(S3Service, "_call", old_client)
+        with pytest.raises(PlaceUnfit, match="uploads in parts included"):
+            ObjectPlace(s3, patience=QUICK).create("a.json", b"data")
+
+    def test_one_that_was_finished_and_forgotten_is_known_as_ours(self, s3, monkeypatch):
+        """Its answer was lost; the client asks again, and the service no longer knows the upload."""
+        asked, lost = S3Service._call, []
+
+        def answer_lost(self, limit, method, key, **request):
+            answer = asked(self, limit, method, key, **request)
+            if method == "complete_multipart_upload" and not lost:
+                lost.append(key)
+                raise FileNotFoundError("The specified upload does not exist.")
+            return answer
+
+        place = ObjectPlace(s3, patience=QUICK)
+        monkeypatch.setattr(S3Service, "_call", answer_lost)
+        assert place.publish(partial_with(place, "s.arrow", self.LARGE), "s.arrow")
+        assert lost
+        assert not place.publish(partial_with(place, "s.arrow", self.LARGE), "s.arrow"), "a later one is not"
 
 
 class TestFaultsBelowFsspec:

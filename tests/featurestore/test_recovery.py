@@ -366,6 +366,20 @@ class TestGc:
         os.close(fd)
         assert len(list(debris(store))) == 1
 
+    def test_what_another_gc_removes_meanwhile_is_no_error(self, tmp_path, monkeypatch):
+        store = whole(tmp_path)
+        for name in ("0123456789ab", "0123456789ac"):
+            (tmp_path / KEY / f".shard-00003.arrow.{name}.partial").write_bytes(b"x")
+
+        def dead_and_gone(path, grace_s):
+            if "9ab" in path.name:
+                path.unlink()
+            return True
+
+        monkeypatch.setattr("brainenc.featurestore.recovery._is_dead", dead_and_gone)
+        (found,) = debris(store)
+        assert "9ac" in found.name
+
     def test_manifests_long_superseded_go_the_first_and_the_newest_stay(self, tmp_path):
         collection, rows = make_collection(tmp_path), values(23)
         view = None

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
+from brainenc.cli.main import run
 from brainenc.errors import (
     CorruptData,
     DataError,
@@ -19,7 +20,7 @@ from brainenc.errors import (
 )
 from brainenc.featurestore import Stimulus, StimulusSet, open_store
 from brainenc.featurestore.documents import write_document
-from tests.featurestore.making import KEY, fill, ids, make_collection, stimuli, tree, values
+from tests.featurestore.making import KEY, fill, ids, make_collection, make_view, stimuli, tree, values
 
 
 def test_a_store_is_made_only_when_asked(tmp_path):
@@ -222,3 +223,26 @@ def test_an_interrupted_and_resumed_store_is_byte_equal_to_an_undisturbed_one(tm
     fill(resumed, rows, shards=sorted(set(range(5)) - resumed.sealed()))
     resumed.commit()
     assert tree(tmp_path / "calm") == tree(tmp_path / "torn")
+
+
+def test_a_store_by_its_file_url(tmp_path, capsys):
+    """Written, committed, read, verified and copied, as by its folder; spaces and all."""
+    folder, copy = tmp_path / "my store", tmp_path / "a copy"
+    url, target = folder.as_uri(), copy.as_uri()
+    assert url.startswith("file:///")
+    assert "%20" in url
+    _, rows = make_view(url)
+    assert (folder / KEY / "shard-00004.json").is_file()
+    store = open_store(url)
+    assert store.keys() == [KEY]
+    np.testing.assert_array_equal(store[KEY][:], rows)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(store))[KEY].gather([22, 3]), rows[[22, 3]])
+    assert run(["store", "verify", url]) == 0
+    assert run(["store", "cp", url, target]) == 0
+    assert run(["store", "verify", target]) == 0
+    assert "5 shards" in capsys.readouterr().out
+    np.testing.assert_array_equal(open_store(target)[KEY][:], rows)
+    shards = {name: data for name, data in tree(folder).items() if "manifest" not in name}
+    assert {name: data for name, data in tree(copy).items() if "manifest" not in name} == shards
+    with pytest.raises(NotAStore, match="nowhere"):
+        open_store((tmp_path / "nowhere").as_uri())

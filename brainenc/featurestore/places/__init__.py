@@ -8,7 +8,7 @@ from urllib.request import url2pathname
 
 from brainenc.featurestore.places.base import Capabilities, Entry, Place, ShardCache, check_name
 
-__all__ = ["Capabilities", "Entry", "Place", "ShardCache", "check_name", "open_place"]
+__all__ = ["Capabilities", "Entry", "Place", "ShardCache", "check_name", "is_staged", "open_place"]
 
 
 def open_place(url: str | Path, *, create: bool = False, stage: bool | None = None) -> Place:
@@ -17,7 +17,8 @@ def open_place(url: str | Path, *, create: bool = False, stage: bool | None = No
     Args:
         url: a folder, ``file://`` or any other URL that fsspec knows.
         create: make the folder if it is not there.
-        stage: copy whole files instead of writing and mapping in place; None decides by what the folder is on.
+        stage: copy whole files instead of writing and mapping in place; None: see :func:`is_staged`. What is chosen
+            for a folder that is made or written to holds for those who open it later without a choice.
 
     Raises:
         NotAStore: the folder is not there and ``create`` is false.
@@ -28,13 +29,31 @@ def open_place(url: str | Path, *, create: bool = False, stage: bool | None = No
         from brainenc.featurestore.places.object import ObjectPlace
 
         return ObjectPlace.open(str(url), create=create)
-    from brainenc.featurestore.places.mount import MountPlace, needs_staging
+    if is_staged(path, stage):
+        from brainenc.featurestore.places.mount import STAGED_MARK, MountPlace, needs_staging
 
-    if needs_staging(path) if stage is None else stage:
-        return MountPlace.open(path, create=create)
+        place = MountPlace.open(path, create=create)
+        if create and not needs_staging(path):
+            (path / STAGED_MARK).touch()
+        return place
     from brainenc.featurestore.places.local import LocalPlace
 
     return LocalPlace.open(path, create=create)
+
+
+def is_staged(url: str | Path, stage: bool | None = None) -> bool:
+    """Whether a place gets whole copies that count as handed over, and is never mapped.
+
+    Args:
+        url: a folder or URL.
+        stage: what was chosen for a folder; None: if it is on a mount without a real flush, or was written as one.
+    """
+    path = local_path(url)
+    if path is None:
+        return False
+    from brainenc.featurestore.places.mount import STAGED_MARK, needs_staging
+
+    return (needs_staging(path) or (path / STAGED_MARK).exists()) if stage is None else stage
 
 
 def local_path(url: str | Path) -> Path | None:

@@ -32,6 +32,8 @@ class Capabilities:
     """A listing shows what others created a moment ago; False: names must be probed one by one."""
     mappable: bool
     """Files may be memory-mapped in place. Never true of a mount: an I/O error under a map is a SIGBUS."""
+    readable: bool = False
+    """Files that may not be mapped can be read in place all the same, so that a cache of copies gains nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +112,7 @@ class Place(Protocol):
         ...
 
     def local(self, name: str) -> Path | None:
-        """Where the file can be memory-mapped; None: it must be staged or read by ranges."""
+        """Where the file can be memory-mapped (``can.mappable``) or read (``can.readable``); None: neither."""
         ...
 
 
@@ -124,6 +126,15 @@ class Doubting(Protocol):
 
     def confirm(self, names: Iterable[str]) -> None:
         """These were read back, whole and right."""
+        ...
+
+
+@runtime_checkable
+class Refreshing(Protocol):
+    """A place that may remember of a folder what was there a minute ago."""
+
+    def refresh(self, folder: str) -> None:
+        """Have the next look into this folder ask the server. As good as it can be done: no error if it cannot."""
         ...
 
 

@@ -1,4 +1,8 @@
-"""A folder on a local file system: publishing is a hard link, reading is a map, and a flush is a flush."""
+"""A folder on a local file system: publishing is a hard link, reading is a map, and a flush is a flush.
+
+On a network file system (NFS, SMB, Lustre ...) links and flushes are as good; listings may be old, locks depend on how
+it was mounted, and files are read instead of mapped.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from pathlib import Path
 from brainenc import atomic
 from brainenc.errors import CorruptData, NotAStore, PlaceUnfit
 from brainenc.featurestore.places.base import Capabilities, Entry, check_name
+from brainenc.featurestore.places.mountinfo import network_file_system
 from brainenc.featurestore.space import FULL, full_disk_explained
 
 _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{12}\.partial")
@@ -24,6 +29,8 @@ class LocalPlace:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
         self.url = str(self.root)
+        if network_file_system(self.root) is not None:
+            self.can = _NETWORK
 
     @classmethod
     def open(cls, root: Path, *, create: bool) -> LocalPlace:
@@ -108,6 +115,15 @@ class LocalPlace:
         """Its path."""
         return self._path(name)
 
+    def refresh(self, folder: str) -> None:
+        """Change a folder on a network: what the client remembers of it, absent names included, goes then."""
+        if self.can.fresh_listing:
+            return
+        mark = atomic.partial_name(self._path(f"{folder}/refresh"))
+        with contextlib.suppress(OSError):  # who may not write here sees it a minute later, and loses nothing
+            mark.touch()
+            mark.unlink()
+
     def __reduce__(self) -> tuple[type[LocalPlace], tuple[str]]:
         return LocalPlace, (self.url,)
 
@@ -163,6 +179,11 @@ class LocalPlace:
             for path in (partial, final):
                 with contextlib.suppress(OSError):  # what went wrong before is what there is to say
                     path.unlink()
+
+
+_NETWORK = Capabilities(
+    atomic_create=True, real_flush=True, shared_locks=False, fresh_listing=False, mappable=False, readable=True
+)
 
 
 def _remove_empty(folder: Path) -> None:

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,25 +21,27 @@ from typing import Any
 from brainenc.atomic import partial_name
 from brainenc.errors import NoSpace, NotAStore, PlaceUnfit
 from brainenc.featurestore.places.base import Capabilities, Entry, check_name
+from brainenc.featurestore.places.mountinfo import mount_of
 from brainenc.featurestore.places.scratch import Scratch, cache_root
 from brainenc.featurestore.services.base import ShortRead
 from brainenc.featurestore.services.patience import Patience
 
 _COLAB_DRIVE = Path("/content/drive")
 _LOCAL_FUSE = {"fuse.fuse-overlayfs", "fuse.lxcfs", "fusectl"}  # a container's own disk, not a drive behind a network
-_MOUNTINFO = Path("/proc/self/mountinfo")
 _LEDGER = ".brainenc-confirmed"
+STAGED_MARK = ".brainenc-staged"
+"""Lies in a folder that no mount gives away, and that somebody asked to have treated as one: readers need no flag."""
 _COPY = 8 * 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _Names = list[str]  # inside the class `list` is the method
 
 
-def needs_staging(path: Path, *, mountinfo: Path = _MOUNTINFO) -> bool:
+def needs_staging(path: Path, *, mountinfo: Path | None = None) -> bool:
     """Whether a folder (or the place where it would be made) lies on a FUSE mount or on Colab's Drive."""
     real = Path(os.path.realpath(path))
     if real == _COLAB_DRIVE or _COLAB_DRIVE in real.parents:
         return True
-    found = _mount_of(real, mountinfo)
+    found = mount_of(real, mountinfo)
     return found is not None and found[1].startswith("fuse") and found[1] not in _LOCAL_FUSE
 
 
@@ -298,24 +299,8 @@ def _session(root: Path) -> str:
     """The same for all processes of this machine until it restarts or the drive is mounted again."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     booted = boot.read_text().strip() if boot.exists() else ""
-    mount = _mount_of(Path(os.path.realpath(root)), _MOUNTINFO)
+    mount = mount_of(Path(os.path.realpath(root)))
     return hashlib.sha256(f"{booted}\0{mount[0] if mount else ''}\0{root}".encode()).hexdigest()[:16]
-
-
-def _mount_of(real: Path, mountinfo: Path) -> tuple[str, str] | None:
-    """Number and type of the mount that a path lies on; the last and longest one wins, as in the kernel."""
-    try:
-        lines = mountinfo.read_text().splitlines()
-    except OSError:  # not Linux
-        return None
-    best: tuple[int, tuple[str, str]] | None = None
-    for line in lines:
-        head, _, tail = line.partition(" - ")
-        fields = head.split()
-        point = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4]))
-        if (point == real or point in real.parents) and (best is None or len(point.parts) >= best[0]):
-            best = len(point.parts), (fields[0], tail.split()[0])
-    return None if best is None else best[1]
 
 
 def _free(root: Path) -> str:

@@ -15,7 +15,7 @@ from brainenc.featurestore.places.base import Capabilities, Entry, check_name
 from brainenc.featurestore.places.scratch import Scratch
 from brainenc.featurestore.services.base import ObjectService, Stat, connect
 from brainenc.featurestore.services.patience import Patience
-from brainenc.featurestore.services.redact import redact
+from brainenc.redact import redact
 
 _COMPARED = 8 * 2**20
 _Names = list[str]  # inside the class `list` is the method
@@ -216,17 +216,13 @@ class ObjectPlace:
         if self._proven:
             return
         service = self._connected()
-        try:
-            self._patience.call(
-                f"Probing {self.url}", lambda limit: service.put(name, data, secrets.token_hex(16), limit)
+        if not self._patience.call(f"Probing {self.url}", lambda limit: service.refuses(name, data, limit)):
+            raise PlaceUnfit(
+                f"{self.url} ignores the condition 'only if absent': an object was created twice. Two writers would "
+                "overwrite each other there. Use a service that honours ifGenerationMatch (GCS) or If-None-Match (S3, "
+                "uploads in parts included), through an s3fs and a botocore that are new enough to send it."
             )
-        except FileExistsError:
-            self._proven = True
-            return
-        raise PlaceUnfit(
-            f"{self.url} ignores the condition 'only if absent': an object was created twice. Two writers would "
-            "overwrite each other there. Use a service that honours ifGenerationMatch (GCS) or If-None-Match (S3)."
-        )
+        self._proven = True
 
     def _check_writable(self) -> None:
         if not self.can.atomic_create:

@@ -7,7 +7,8 @@ Reads say so when bytes are missing (:class:`ShortRead`) or wrong (:class:`Damag
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 
 from brainenc.errors import PlaceUnfit
 from brainenc.featurestore.services.patience import Patience
-from brainenc.featurestore.services.redact import redact
+from brainenc.redact import redact
 
 
 class ShortRead(OSError):
@@ -50,6 +51,11 @@ class ObjectService(Protocol):
         """The same with a local file's bytes, never held in memory as a whole."""
         ...
 
+    def refuses(self, key: str, data: bytes, limit: float) -> bool:
+        """Whether each way of creating refuses to replace ``key``, which holds ``data``: tried with the same bytes, so
+        that nothing is lost where it does not."""
+        ...
+
     def get(self, key: str, start: int, end: int | None, limit: float) -> bytes:
         """Bytes ``start`` to ``end``, fewer only where the object ends before."""
         ...
@@ -69,6 +75,15 @@ class ObjectService(Protocol):
     def delete(self, key: str, limit: float) -> None:
         """Remove an object; absent is fine."""
         ...
+
+
+def refused(create: Callable[[str], None]) -> bool:
+    """Whether a creation, handed a mark of its own, finds that the object exists."""
+    try:
+        create(secrets.token_hex(16))
+    except FileExistsError:
+        return True
+    return False
 
 
 _SERVICES = {

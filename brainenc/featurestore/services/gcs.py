@@ -24,7 +24,7 @@ import gcsfs
 import google_crc32c
 from fsspec.asyn import sync
 
-from brainenc.featurestore.services.base import DamagedRead, ShortRead, Stat
+from brainenc.featurestore.services.base import DamagedRead, ShortRead, Stat, refused
 from brainenc.featurestore.services.patience import Patience
 
 _TOKEN = "brainenc-writer"
@@ -110,6 +110,10 @@ class GcsService:
                 if sent <= before:
                     raise ShortRead(f"{key}: the upload does not advance beyond byte {sent}")
         return None
+
+    def refuses(self, key: str, data: bytes, limit: float) -> bool:
+        """By the one request; the service compares the same generation at the end of an upload in parts."""
+        return refused(lambda token: self.put(key, data, token, limit))
 
     def _start(self, key: str, token: str, checksum: _Crc32c, limit: float, replace: bool) -> str:
         """Begin a resumable upload; returns where its parts go."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec
 
-from brainenc.featurestore.services.base import ShortRead, Stat
+from brainenc.featurestore.services.base import ShortRead, Stat, refused
 from brainenc.featurestore.services.patience import Patience
 
 _creating = threading.Lock()  # fsspec's memory file system looks first and writes then
@@ -44,6 +44,10 @@ class FsspecService:
     def put_file(self, key: str, path: Path, token: str, limit: float, *, replace: bool = False) -> None:
         """Through memory, where the bytes end anyway."""
         self.put(key, path.read_bytes(), token, limit, replace=replace)
+
+    def refuses(self, key: str, data: bytes, limit: float) -> bool:
+        """By the one request; files are put in no other way."""
+        return refused(lambda token: self.put(key, data, token, limit))
 
     def get(self, key: str, start: int, end: int | None, limit: float) -> bytes:
         """Compared with the length that the file system tells."""

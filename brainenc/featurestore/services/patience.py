@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from brainenc.errors import TransferFailed
-from brainenc.featurestore.services.redact import redact
+from brainenc.redact import redact
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

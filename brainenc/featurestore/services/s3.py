@@ -8,7 +8,7 @@ metadata, since S3 tells none that every client can check.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -17,7 +17,7 @@ import s3fs
 import xxhash
 from fsspec.asyn import sync
 
-from brainenc.featurestore.services.base import DamagedRead, ShortRead, Stat
+from brainenc.featurestore.services.base import DamagedRead, ShortRead, Stat, refused
 from brainenc.featurestore.services.patience import Patience
 
 _TOKEN, _HASH = "brainenc-writer", "brainenc-xxh3"
@@ -54,16 +54,23 @@ class S3Service:
         """Small files at once, larger ones in parts that become an object in the last request."""
         if path.stat().st_size <= _PART:
             return self.put(key, path.read_bytes(), token, limit, replace=replace)
+        with open(path, "rb") as file:
+            self._put_parts(key, iter(lambda: file.read(_PART), b""), token, limit, replace=replace)
+        return None
+
+    def refuses(self, key: str, data: bytes, limit: float) -> bool:
+        """By one request and by parts: servers and older clients know the condition of the one and not of the other."""
+        return refused(lambda token: self.put(key, data, token, limit)) and refused(
+            lambda token: self._put_parts(key, (data,), token, limit, replace=False)
+        )
+
+    def _put_parts(self, key: str, pieces: Iterable[bytes], token: str, limit: float, *, replace: bool) -> None:
         begun = self._call(
             limit, "create_multipart_upload", key, Metadata={_TOKEN: token}, ChecksumAlgorithm="CRC32"
         )  # fmt: skip
         upload = {"UploadId": begun["UploadId"]}
         try:
-            with open(path, "rb") as file:
-                parts = [
-                    self._put_part(key, upload, number, part, limit)
-                    for number, part in enumerate(iter(lambda: file.read(_PART), b""), 1)
-                ]
+            parts = [self._put_part(key, upload, number, part, limit) for number, part in enumerate(pieces, 1)]
             with _conflicts():
                 self._call(
                     limit,
@@ -73,10 +80,11 @@ class S3Service:
                     MultipartUpload={"Parts": parts},
                     **_condition(replace),
                 )
+        except FileNotFoundError:  # finished, its answer lost, and asked for again by the client: a new one will tell
+            raise ShortRead(f"the upload of {key} is no longer known to the service") from None
         except BaseException:
             self._abandon(key, upload, limit)
             raise
-        return None
 
     def _put_part(self, key: str, upload: dict[str, str], number: int, part: bytes, limit: float) -> dict[str, Any]:
         done = self._call(limit, "upload_part", key, **upload, PartNumber=number, Body=part, ChecksumAlgorithm="CRC32")
