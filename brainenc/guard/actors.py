@@ -27,6 +27,7 @@ from brainenc.guard import signals
 from brainenc.guard.conflicts import Surroundings, conflicts
 from brainenc.guard.coordinator import CoordinatorConfig
 from brainenc.guard.departures import Departures
+from brainenc.guard.endurance import Endurance
 from brainenc.guard.messages import Order, OrderKind, WorkerReport
 from brainenc.guard.office import Office
 from brainenc.guard.policy import Thresholds
@@ -112,20 +113,25 @@ class CoordinatorHandle:
 
     def _keep(self) -> None:
         """Thread: let the coordinator's time pass, and replace it when it is dead."""
+        endurance = Endurance("The keeper of the guard's coordinator")
         while not self._ending.wait(_LOOK_EVERY_S):
-            try:
-                ray.get(self._actor.tick.remote(), timeout=_ANSWER_S)
-                self._gauges.set(ray.get(self._actor.worst.remote(), timeout=_ANSWER_S))
-                self._look_for_departures()
-            except RayActorError:
-                if self._ending.is_set():
-                    return
-                self.restarts += 1
-                log.warning("The guard's coordinator died; workers protect themselves, a new one takes over.")
-                with contextlib.suppress(RayError, ValueError):
-                    self._actor = self._make()
-            except (RayError, GetTimeoutError):
-                continue  # busy, or Ray is going down
+            with endurance.doing("a look at it"):
+                self._look()
+
+    def _look(self) -> None:
+        try:
+            ray.get(self._actor.tick.remote(), timeout=_ANSWER_S)
+            self._gauges.set(ray.get(self._actor.worst.remote(), timeout=_ANSWER_S))
+            self._look_for_departures()
+        except RayActorError:
+            if self._ending.is_set():
+                return
+            self.restarts += 1
+            log.warning("The guard's coordinator died; workers protect themselves, a new one takes over.")
+            with contextlib.suppress(RayError, ValueError):
+                self._actor = self._make()
+        except (RayError, GetTimeoutError):
+            return  # busy, or Ray is going down
 
     def _look_for_departures(self) -> None:
         """Nodes that Ray says are being drained: a preemption notice, an autoscaler, `ray drain-node`, a SIGTERM."""

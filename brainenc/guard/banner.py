@@ -116,9 +116,12 @@ def emergency(
     n_bytes: int,
     failures: Sequence[str],
     marks: Symbols,
+    goes_on: bool = False,
 ) -> str:
-    """What happened and where the checkpoint lies; ``saved`` is empty when it lies nowhere."""
-    lines = [_RULE, f"{marks.alarm}EMERGENCY STOP", _RULE, f"Reason: {reason}", f"Current epoch: {epoch} (step {step})"]
+    """What happened and where the checkpoint lies; ``saved`` is empty when it lies nowhere. ``goes_on``: it is not the
+    end, because the batch is made smaller."""
+    title = "MEMORY IS SHORT: saving, then a smaller batch" if goes_on and saved else "EMERGENCY STOP"
+    lines = [_RULE, f"{marks.alarm}{title}", _RULE, f"Reason: {reason}", f"Current epoch: {epoch} (step {step})"]
     lines += [f"{marks.failed}could not save: {failure}" for failure in failures]
     if saved:
         lines += [

@@ -3,6 +3,9 @@
 A plain class: time is passed in, nothing is read or sent. It runs in an actor beside the driver (``actors.py``), or in
 the training process itself when there is one worker. Reports are states, not events: any of them may be lost, late or
 heard twice, and a new coordinator that knows nothing learns what is going on from the next ones.
+
+A tick looks at every worker. A report looks at its own only, and asks for a tick when one would change something: a
+thousand workers that report once a second would else be a million looks.
 """
 
 from __future__ import annotations
@@ -59,6 +62,12 @@ class Coordinator:
         self.config = config or CoordinatorConfig()
         self._record, self._number = record, first_incident
         self._workers: dict[str, _Known] = {}
+        self._due: dict[str, float] = {}
+        """When those were heard whose silence would be news, the longest ago first."""
+        self._awaited: set[str] | None = None
+        """Who has still to answer in the open incident; None: to be looked up by the next tick."""
+        self._scopes: set[str] = set()
+        """Of the causes of the last incident."""
         self.incidents: list[Incident] = []
         self._done: set[str] = set()
         self._shrunk_at: dict[str, float] = {}
@@ -78,8 +87,9 @@ class Coordinator:
             self._critical(report, now)
         if report.ack is not None:
             self._acknowledge(report.ack, report.role, now)
-        self._forget_shrink(_scope(report), now)
-        self.tick(now)
+        self._forget_shrink(report, now)
+        if self._would_change(report.worker, now):
+            self.tick(now)
         return self._answer(report)
 
     def trip(self, kind: OrderKind, reason: str, now: float, numbers: dict[str, Any] | None = None) -> Order:
@@ -93,24 +103,15 @@ class Coordinator:
         for name, known in self._workers.items():
             if not known.silent and not known.report.leaving and self._is_silent(known, now):
                 known.silent = True
+                self._due.pop(name, None)
                 self._record({"kind": "silent", "at": now, "worker": name, "heard_at": known.heard_at})
         incident = self.open_incident
         if incident is None:
             return
-        waiting = []
-        for name, known in self._workers.items():
-            if name in incident.acks or not self._concerns(incident, known.report) or self._replaced(known, incident):
-                continue
-            if known.report.leaving or self._is_silent(known, now):
-                if name not in incident.dead:
-                    incident.dead.append(name)
-                continue
-            if name in incident.dead:
-                incident.dead.remove(name)  # it was only slow
-            waiting.append(name)
+        self._awaited = {name for name in self._workers if self._awaits(name, incident, now)}
         if now >= incident.deadline_at:
             self._close(incident, now, late=True)
-        elif not waiting:
+        elif not self._awaited:
             self._close(incident, now, late=False)
 
     def finish(self, now: float) -> None:
@@ -180,11 +181,41 @@ class Coordinator:
                 "reason": report.reason, "leaving": report.leaving, "numbers": dict(report.numbers),
             })  # fmt: skip
         self._workers[report.worker] = _Known(report, now, recorded)
+        self._due.pop(report.worker, None)  # to its end
+        if not report.leaving:
+            self._due[report.worker] = now
+
+    def _would_change(self, worker: str, now: float) -> bool:
+        """Whether a tick would do anything, now that this worker was heard."""
+        longest = next(iter(self._due.values()), now)
+        if now - longest >= self.config.silent_after_s:
+            return True
+        incident = self.open_incident
+        if incident is None or self._awaited is None:
+            return incident is not None
+        if self._awaits(worker, incident, now):
+            self._awaited.add(worker)
+        else:
+            self._awaited.discard(worker)
+        return not self._awaited or now >= incident.deadline_at
+
+    def _awaits(self, name: str, incident: Incident, now: float) -> bool:
+        """Whether this worker has still to answer; one that is gone is put on the incident's list of the dead."""
+        known = self._workers[name]
+        if name in incident.acks or not self._concerns(incident, known.report) or self._replaced(known, incident):
+            return False
+        if known.report.leaving or self._is_silent(known, now):
+            if name not in incident.dead:
+                incident.dead.append(name)
+            return False
+        if name in incident.dead:
+            incident.dead.remove(name)  # it was only slow
+        return True
 
     def _critical(self, report: WorkerReport, now: float) -> None:
         incident = self.open_incident
         if incident is not None:
-            incident.add_cause(report, now)
+            self._blame(incident, report, now)
             return
         if self._final is not None:
             return
@@ -193,7 +224,16 @@ class Coordinator:
             order = Order(
                 kind=kind, reason=report.reason, numbers=report.numbers, id=f"c{self._number}-{kind}", step=report.step
             )
-            self._raise(order, now).add_cause(report, now)
+            self._blame(self._raise(order, now), report, now)
+
+    def _blame(self, incident: Incident, report: WorkerReport, now: float) -> None:
+        """One more cause. The first makes it the incident of fewer workers, a training rank that of all ranks; one more
+        extraction actor concerns itself, and its own report is looked at anyway."""
+        incident.add_cause(report, now)
+        if _scope(report) not in self._scopes:
+            if not self._scopes or report.role == "train":
+                self._awaited = None
+            self._scopes.add(_scope(report))
 
     def _escalated(self, report: WorkerReport, now: float) -> OrderKind | None:
         """Shrink first; still critical one dwell later means stop; in between, wait."""
@@ -204,10 +244,11 @@ class Coordinator:
             return "shrink"
         return "stop" if now - shrunk >= self.config.dwell_s else None
 
-    def _forget_shrink(self, scope: str, now: float) -> None:
+    def _forget_shrink(self, report: WorkerReport, now: float) -> None:
         """The shrink has helped: if memory gets short again one day, shrinking is tried again."""
+        scope = _scope(report)
         shrunk = self._shrunk_at.get(scope)
-        if shrunk is None or now - shrunk < self.config.dwell_s:
+        if shrunk is None or now - shrunk < self.config.dwell_s or report.level == "critical":
             return
         if all(k.report.level != "critical" for k in self._workers.values() if _scope(k.report) == scope):
             del self._shrunk_at[scope]
@@ -219,7 +260,7 @@ class Coordinator:
             return
         incident = self._raise(order, now)
         if order.id.startswith(f"{report.worker}-") or report.level == "critical" or report.role == "extract":
-            incident.add_cause(report, now)  # others carry out what somebody else has asked for: they are no cause
+            self._blame(incident, report, now)  # others carry out what somebody else has asked for: they are no cause
 
     def _raise(self, order: Order, now: float) -> Incident:
         """Open an incident with this order, or make the open one stronger."""
@@ -230,6 +271,7 @@ class Coordinator:
                 self._done.add(incident.order.id)
                 incident.order = order
                 incident.acks.clear()  # what was saved for the weaker order is older than what the stop will save
+                self._awaited = None
                 self._record(_order_line(incident, now))
             elif order.id != incident.order.id:
                 self._done.add(order.id)
@@ -237,6 +279,8 @@ class Coordinator:
         incident = Incident(number=self._number, order=order, opened_at=now, deadline_at=now + self.config.deadline_s)
         self._number += 1
         self.incidents.append(incident)
+        self._awaited = None
+        self._scopes.clear()
         if order.kind == "stop":
             self._final = order
         self._record(_order_line(incident, now))
@@ -284,14 +328,7 @@ class Coordinator:
 
     def _concerns(self, incident: Incident, report: WorkerReport) -> bool:
         """A stop is everybody's. A shrink is that of all training ranks together, or of one extraction actor."""
-        if incident.order.kind == "stop" or not incident.causes:
-            return True
-        scopes = {self._scope_of(cause["worker"]) for cause in incident.causes}
-        return _scope(report) in scopes
-
-    def _scope_of(self, worker: str) -> str:
-        known = self._workers.get(worker)
-        return _scope(known.report) if known else worker
+        return incident.order.kind == "stop" or not self._scopes or _scope(report) in self._scopes
 
     def _answer(self, report: WorkerReport) -> Order | None:
         incident = self.open_incident

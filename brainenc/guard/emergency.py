@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brainenc.errors import BrainencError, CheckpointUnusable
+from brainenc import private
+from brainenc.errors import CheckpointUnusable
 
 _NAME = re.compile(r"emergency_epoch(\d+)\.pth")
 
@@ -45,11 +45,13 @@ class EmergencyFiles:
 
     Args:
         folder: where they lie as a rule.
-        fallbacks: tried after it, in this order; then the temporary folder and the home folder.
+        fallbacks: tried after it, in this order; then a folder of this user's own in the temporary folder, and the
+            home folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str], fallbacks: Sequence[str | os.PathLike[str]] = ()) -> None:
-        last = (Path(tempfile.gettempdir()) / "brainenc-emergency", Path.home() / "brainenc-emergency")
+        self._temporary = private.temporary("brainenc-emergency")
+        last = (self._temporary, Path.home() / "brainenc-emergency")
         self.folder = Path(folder).absolute()  # the script may change its working folder
         # What is found in shared folders must be this script's: its folder's name goes into theirs.
         tag = re.sub(r"\W+", "_", str(self.folder)).strip("_")[-80:] or "root"
@@ -72,8 +74,10 @@ class EmergencyFiles:
         for place in self._places:
             path = place / f"emergency_epoch{epoch}.pth"
             try:
+                if place.parent == self._temporary:
+                    private.make(self._temporary)
                 n_bytes = write(path)
-            except (OSError, BrainencError) as error:
+            except Exception as error:  # also a MemoryError, or what torch makes of a full disk: the next may take it
                 failures.append(f"{path}: {_why(error)}")
                 continue
             seconds = time.perf_counter() - start
@@ -87,11 +91,11 @@ class EmergencyFiles:
             load: reads one file, or raises CheckpointUnusable.
 
         Returns:
-            its path (None: there is no usable one), its content, and a sentence for every file passed over.
+            its path (None: there is no usable one), its content, and a sentence for every file or folder passed over.
         """
         best: tuple[tuple[int, int], Path, dict[str, Any]] | None = None
-        passed_over = []
-        for path in self.found():
+        files, passed_over = self._search()
+        for path in files:
             if best is not None and _epoch(path) < best[0][0]:
                 break  # sorted by epoch: no older one can win
             try:
@@ -106,15 +110,39 @@ class EmergencyFiles:
 
     def found(self) -> list[Path]:
         """Every emergency file, the highest epoch first."""
-        files = [p for place in self._places if place.is_dir() for p in place.iterdir() if _NAME.fullmatch(p.name)]
-        return sorted(files, key=_epoch, reverse=True)
+        return self._search()[0]
 
-    def retire(self) -> None:
-        """Training has ended by itself: rename what is left to ``*.done``, so that the next run starts afresh."""
+    def _search(self) -> tuple[list[Path], list[str]]:
+        """Every emergency file, the highest epoch first, and a sentence for every folder that cannot be looked into."""
+        files: list[Path] = []
+        refused = []
+        for place in self._places:
+            try:
+                if place.is_dir() and self._is_ours(place):
+                    files += [path for path in place.iterdir() if _NAME.fullmatch(path.name)]
+            except OSError as error:
+                refused.append(f"{place} cannot be looked into: {_why(error)}.")
+        return sorted(files, key=_epoch, reverse=True), refused
+
+    def _is_ours(self, place: Path) -> bool:
+        """Not a folder that somebody else has made where this script would look."""
+        return place.parent != self._temporary or private.refusal(self._temporary) is None
+
+    def retire(self) -> list[str]:
+        """Training has ended by itself: rename what is left to ``*.done``, so that the next run starts afresh.
+
+        Returns:
+            a sentence for every file that could not be renamed: the next run would go on from it.
+        """
+        left = []
         for path in self.found():
-            for part in (path.with_name(path.name + ".xxh128"), path):
-                if part.exists():
-                    part.replace(part.with_name(part.name + ".done"))
+            try:
+                for part in (path.with_name(path.name + ".xxh128"), path):
+                    if part.exists():
+                        part.replace(part.with_name(part.name + ".done"))
+            except OSError as error:
+                left.append(f"{path} cannot be set aside ({_why(error)}): move it away before the next run.")
+        return left
 
 
 def disk_speed(folder: Path, n_bytes: int = 4 << 20) -> float:

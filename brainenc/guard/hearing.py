@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-import select
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from brainenc.guard import signals
+from brainenc.guard.endurance import Endurance
 from brainenc.guard.messages import OutOfTime
-from brainenc.guard.watcher import WAKE_SIGNAL, Watcher, WatcherSettings
+from brainenc.guard.watcher import WAKE_SIGNAL, Watcher, WatcherSettings, wait_readable
 
 
 class Hearing:
@@ -39,6 +40,7 @@ class Hearing:
         self._owner, self._pid = threading.get_ident(), os.getpid()
         self._undo: list[Callable[[], None]] = []
         self._inside = self._again = False
+        self._endurance = Endurance("The memory guard")
         main = signals.in_main_thread()
         self.by_signal = main and bool(WAKE_SIGNAL)
         if self.by_signal:
@@ -52,11 +54,12 @@ class Hearing:
             self._thread.start()
 
     def listen(self) -> None:
-        """Take what has been said since the last time; starts a watcher that died again."""
+        """Take what has been said since the last time; starts a watcher again that died or hangs."""
         if self._thread is None:
             self._read()
             if self._watcher is not None and not self._watcher.alive:
-                self._watcher.restart()
+                with self._endurance.doing("starting the watcher again"):
+                    self._watcher.restart()
 
     def tell(self, **message: Any) -> None:
         """Say something to the watcher."""
@@ -116,17 +119,26 @@ class Hearing:
         """The thread where no signal can be had; interrupts the training thread once, when ``act`` says so."""
         interrupted = False
         while (watcher := self._watcher) is not None:
-            try:
-                if os.name != "nt":  # there, reading waits by itself
-                    select.select([watcher.fileno()], [], [], 0.2)
+            with self._endurance.doing("waiting for the watcher"):
+                self._wait(watcher)
+            with self._endurance.doing("hearing the watcher"):
                 self._read()
-                if not watcher.alive and self._watcher is not None:
+            if not watcher.alive and self._watcher is not None:
+                with self._endurance.doing("starting the watcher again"):
                     watcher.restart()
-            except (OSError, ValueError):  # closed while we waited
-                return
-            if not interrupted and self._act():
-                interrupted = True
-                raise_in(self._owner, OutOfTime)
+            with self._endurance.doing("acting"):
+                if not interrupted and self._act():
+                    interrupted = True
+                    raise_in(self._owner, OutOfTime)
+
+    def _wait(self, watcher: Watcher) -> None:
+        try:
+            if os.name != "nt":  # there, reading waits by itself
+                wait_readable([watcher.fileno()], 0.2)
+        except (OSError, ValueError):
+            if self._watcher is not None:  # else it was closed while we waited
+                time.sleep(0.2)
+                raise
 
 
 def raise_in(thread: int, kind: type[BaseException]) -> None:

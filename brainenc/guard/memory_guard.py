@@ -30,9 +30,9 @@ from brainenc.guard import banner
 from brainenc.guard import pytorch as files
 from brainenc.guard.emergency import EmergencyFiles, Saved, Start, describe, disk_speed
 from brainenc.guard.hearing import Hearing
-from brainenc.guard.messages import EXIT_STOPPED_SAFELY, Level, Order, OrderKind, OutOfTime
-from brainenc.guard.place_in_run import PlaceInRun
-from brainenc.guard.policy import Meter, PolicyConfig, Thresholds, Timing, free_below
+from brainenc.guard.messages import EXIT_STOPPED_SAFELY, Level, Order, OutOfTime
+from brainenc.guard.place_in_run import SETTLING_S, PlaceInRun
+from brainenc.guard.policy import Escalation, Meter, PolicyConfig, Thresholds, Timing, free_below
 from brainenc.guard.probe import Probe
 from brainenc.guard.watcher import WatcherSettings
 from brainenc.units import parse_bytes
@@ -87,7 +87,8 @@ class MemoryGuard:
         self._objects = {name: thing for name, thing in named.items() if thing is not None}
         self._files = EmergencyFiles(save_dir, fallback_dirs)
         self._brake = brake
-        self._kind: OrderKind = on_critical
+        self._on_critical = on_critical
+        self._escalation = Escalation(on_critical, self._config.dwell_s)
         self._on_shrink, self._relief = on_shrink or (lambda: None), tuple(relief)
         self._every, self._eval_every = max(1, every), max(1, eval_every)
         self._reserve_bytes = parse_bytes(reserve)
@@ -96,13 +97,18 @@ class MemoryGuard:
         self._probe = Probe(disks=[self._files.folder])
         self._hearing: Hearing | None = None
         self._undo: list[Callable[[], None]] = []
-        self._place = PlaceInRun()
+        self._place = PlaceInRun(settles=bool(self._objects.keys() - {"model", "optimizer"}))
         self._resumed: dict[str, Any] = {}
         self._save_s = 1.0
         self._attention = False
-        self._order: Order | None = None
+        # Two, so that neither is ever written over the other, whenever a signal comes.
+        self._asked: Order | None = None
+        """To stop, by a person or a scheduler of jobs."""
+        self._alarm: Order | None = None
+        """What memory asks for."""
         self._level: Level = "ok"
-        self._told_at = self._warned_at = self._relieved_at = self._shrunk_at = float("-inf")
+        self._reason = ""
+        self._told_at = self._warned_at = self._relieved_at = self._spared_at = self._looked_at = float("-inf")
         self._signals = 0
         self._busy = self._overdue = False
         self._saved: Saved | None = None
@@ -165,19 +171,25 @@ class MemoryGuard:
                 files.restore_rng(self._resumed["epoch_rng"])  # so that the loader draws the same order again
             self._place.epoch, self._place.epoch_rng = epoch, files.capture_rng()
             yield epoch
+            self._place.finish_epoch()
 
     def batches(self, loader: Iterable[T]) -> Iterator[tuple[int, T]]:
         """``enumerate(loader)`` with a check before each batch, without those that were done before a resume."""
+        self._place.finish_epoch(if_ended=True)  # in a loop that does not use `epochs`
         resumed, self._resumed = self._resumed, {}
-        done = resumed.get("step", 0)
+        done, n = resumed.get("step", 0), 0
+        rng = resumed["rng"] if resumed.get("epoch_rng") else None
         for step, batch in enumerate(loader):
+            n = step + 1
             if step < done:
                 continue
-            if step == done and resumed.get("epoch_rng"):
-                files.restore_rng(resumed["rng"])
+            if step == done and rng is not None:
+                files.restore_rng(rng)
             self.check(step)
             yield step, batch
-        self._place.finish_epoch()
+        if n <= done and rng is not None:  # it was stopped after the last one
+            files.restore_rng(rng)
+        self._place.end_batches(n)
 
     def reserve(self, n_bytes: int, what: str) -> None:
         """Ask before a large allocation: one big array is made faster than anybody can watch.
@@ -217,16 +229,18 @@ class MemoryGuard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if isinstance(error, OutOfTime) and self._order is not None:
-                self._stop(self._order)
+            order = self._order
+            if isinstance(error, OutOfTime) and order is not None:
+                self._stop(order)
             elif files.is_out_of_memory(error):
                 traceback.print_exception(error)
                 self._stop(Order(kind="stop", reason=f"out of memory: {error}"))
-            elif self._order is not None and isinstance(error, Exception):
+            elif order is not None and isinstance(error, Exception):
                 traceback.print_exception(error)  # a stop that reached every process: loader workers went first
-                self._stop(self._order)
+                self._stop(order)
             elif error is None and self._saved is None:
-                self._files.retire()
+                for sentence in self._files.retire():
+                    self._say(f"{self._marks.warning}{sentence}")
         finally:
             self.close()
 
@@ -245,11 +259,12 @@ class MemoryGuard:
         policy = {f.name: getattr(self._config, f.name) for f in dataclasses.fields(self._config)}
         return WatcherSettings(
             thresholds=policy.pop("thresholds"), policy=policy, by_signal=by_signal, timing=self._timing(),
-            brake=self._brake, uuids=files.gpu_uuids(), disks=[str(self._files.folder)],
+            brake=self._brake, uuids=list(files.gpus_in_use(self._objects).values()),
         )  # fmt: skip
 
     def _banner(self) -> str:
-        ending = "frees memory and exits safely (code 75)" if self._kind == "stop" else "shrinks the batch and goes on"
+        stops = self._on_critical == "stop"
+        ending = "frees memory and exits safely (code 75)" if stops else "shrinks the batch and goes on"
         return banner.start(
             self._config.thresholds, every=self._every, eval_every=self._eval_every, marks=self._marks,
             on_emergency=[f"saves {describe(self._objects)} as emergency_epochN.pth in {self._files.folder}", ending],
@@ -260,30 +275,50 @@ class MemoryGuard:
 
     # ---- what it is told, at any moment
 
+    @property
+    def _order(self) -> Order | None:
+        """What is to be done at the next boundary."""
+        return self._asked or self._alarm
+
     def _hear(self, message: dict[str, Any]) -> None:
         """One message of the watcher."""
-        if message["kind"] == "overdue" and self._order is not None:
+        if message["kind"] == "overdue":
+            self._hear_overdue()
+        elif message["kind"] == "decision":
+            self._hear_decision(message)
+
+    def _hear_overdue(self) -> None:
+        """The boundary that was waited for has not come."""
+        if self._asked is not None:
+            self._asked = dataclasses.replace(self._asked, urgent=True)
+        if self._alarm is not None and _is_ram(self._alarm):
             self._overdue = True
-            self._order = dataclasses.replace(self._order, urgent=True)
-        if message["kind"] != "decision":
-            return
-        self._level = message["level"]
+            self._alarm = dataclasses.replace(self._alarm, urgent=True)
+
+    def _hear_decision(self, message: dict[str, Any]) -> None:
+        self._level, self._reason = message["level"], message["reason"]
         self._attention = self._attention or self._level != "ok"
-        asked_by_person = self._order is not None and not self._order.numbers
-        if asked_by_person:
-            return
+        short = self._level == "critical" and not message.get("held", False)
+        if not short:
+            self._escalation.calm()
         if self._level != "critical":
-            self._order, self._overdue = None, False  # memory went down again before anything was done
-            if time.monotonic() - self._shrunk_at >= self._config.dwell_s:
-                self._shrunk_at = float("-inf")  # the shrink has helped: another day it may be tried again
-            return
-        if self._order is None and self._hearing is not None:  # a boundary that does not come in time is not waited for
-            self._hearing.tell(wake_after=2 * self._place.step_s + 0.05)
+            self._drop_alarm()  # memory went down again before anything was done
+        elif short and message["at"] >= self._looked_at:  # else it was seen before memory was freed
+            self._raise_alarm(message)
+
+    def _raise_alarm(self, message: dict[str, Any]) -> None:
+        kind = self._escalation.critical(time.monotonic())
+        if kind is None:
+            return  # it has just shrunk: that needs a moment to show
         numbers = {k: v for k, v in message.items() if k not in ("kind", "reason", "level")}
-        kind: OrderKind = "stop" if self._shrunk_at > float("-inf") else self._kind
-        self._order = Order(
-            kind=kind, reason=message["reason"], numbers=numbers, urgent=message["urgent"] or self._overdue
-        )
+        urgent = message["urgent"] or self._overdue
+        alarm = Order(kind=kind, reason=message["reason"], numbers=numbers, urgent=urgent)
+        if self._order is None and self._hearing is not None and _is_ram(alarm):
+            self._hearing.tell(wake_after=2 * self._place.step_s + 0.05)  # so long a boundary is waited for
+        self._alarm = alarm
+
+    def _drop_alarm(self) -> None:
+        self._alarm, self._overdue = None, False
 
     def _asked_to_stop(self, number: int) -> None:
         """SIGTERM, SIGINT: stop at the next boundary; twice, or no boundary in 2 s: here; three times: at once."""
@@ -291,7 +326,7 @@ class MemoryGuard:
         if self._signals >= 3:
             raise SystemExit(128 + number)
         name = signal.Signals(number).name
-        self._order = Order(kind="stop", reason=f"asked to stop by {name}", urgent=self._signals > 1)
+        self._asked = Order(kind="stop", reason=f"asked to stop by {name}", urgent=self._signals > 1)
         self._attention = True
         if self._hearing is not None:
             self._hearing.tell(wake_after=2.0)
@@ -300,8 +335,12 @@ class MemoryGuard:
     def _at_once(self) -> bool:
         """Act on an urgent order where the script is. In a signal handler this saves and raises; elsewhere, True asks
         to interrupt the training thread, and ``__exit__`` saves."""
-        order = self._order
-        if order is None or not order.urgent or self._busy or self._place.updating:
+        order = next((o for o in (self._asked, self._alarm) if o is not None and o.urgent), None)
+        if order is None or self._busy or self._place.updating:
+            return False
+        if self._place.settling:  # wait for the scheduler's step, where there is somebody to wake us after it
+            if self._hearing is not None:
+                self._hearing.tell(wake_after=SETTLING_S)
             return False
         if self._hearing is not None and self._hearing.by_signal:
             self._stop(order)
@@ -316,8 +355,7 @@ class MemoryGuard:
         self._hearing.listen()
         if (now := time.monotonic()) - self._told_at >= 0.5:
             self._told_at = now
-            largest = files.largest_on_gpu(self._objects)
-            self._hearing.tell(timing=self._timing()._asdict(), slack=files.gpu_slack(), largest=largest)
+            self._tell_watcher(self._hearing)
         order = self._order
         if order is None:
             self._attention = self._level != "ok"
@@ -325,23 +363,25 @@ class MemoryGuard:
                 self._warn()
             if self._attention and training:
                 self._place.remember_rng()
-        elif order.numbers and not order.numbers["drill"] and not order.urgent and self._relieved(order):
-            self._order, self._overdue = None, False
-        elif order.numbers and time.monotonic() - self._shrunk_at < self._config.dwell_s:
-            return  # it has just shrunk: that needs a moment to show
+        elif order is not self._asked and self._relieved(order):
+            self._drop_alarm()
+            self._tell_watcher(self._hearing)
         elif order.kind == "shrink":
             self._shrink(order)
         else:
             self._stop(order)
+
+    def _tell_watcher(self, hearing: Hearing) -> None:
+        """What it cannot see from outside: GPUs in use, what torch holds there, how long saving takes."""
+        slack, largest = files.gpu_slack(self._objects), files.largest_on_gpu(self._objects)
+        hearing.tell(timing=self._timing()._asdict(), slack=slack, uuids=list(slack), largest=largest)
 
     def _warn(self) -> None:
         now = time.monotonic()
         if now - self._warned_at < self._config.dwell_s:
             return
         self._warned_at = now
-        ram = self._probe.ram()
-        text = f"memory is getting short: RAM {ram.fraction:.1%} ({ram.used / 1e9:.2f}GB/{ram.limit / 1e9:.1f}GB)"
-        self._say(banner.warning(self._place.step, text, self._marks))
+        self._say(banner.warning(self._place.step, f"memory is getting short: {self._reason}", self._marks))
         self._relieve()
 
     def _relieve(self) -> bool:
@@ -356,23 +396,42 @@ class MemoryGuard:
         return True
 
     def _relieved(self, order: Order) -> bool:
-        """Relief before alarm, then a second look: is memory no longer short?"""
-        if order.numbers["meter"] != "ram" or order.numbers["predicted"] or not self._relieve():
+        """Relief before alarm, then a second look: is memory no longer short? Main memory that is critical once more
+        within a dwell is not looked at again: then only stopping helps."""
+        if order.urgent or order.numbers["drill"]:
             return False
-        if self._probe.ram().fraction >= self._config.thresholds.ram_warn:
+        again = time.monotonic() - self._spared_at < self._config.dwell_s
+        if _is_ram(order) and (order.numbers["predicted"] or again):
             return False
-        self._say(f"{self._marks.done}{order.reason}; freeing caches was enough, going on.")
+        freed = self._relieve()
+        if self._is_short(order):
+            return False
+        self._looked_at = time.monotonic()
+        self._spared_at = self._looked_at if _is_ram(order) else self._spared_at
+        if freed:
+            self._say(f"{self._marks.done}{order.reason}; freeing caches was enough, going on.")
         return True
+
+    def _is_short(self, order: Order) -> bool:
+        """A look at what raised the alarm, as it is now. The watcher goes by what torch held at an earlier boundary."""
+        if _is_ram(order):
+            return self._probe.ram().fraction >= self._config.thresholds.ram_warn
+        slack = files.gpu_slack(self._objects)
+        self._probe.watch_gpus(list(slack))
+        return any(gpu.fraction >= self._config.thresholds.gpu_warn for gpu in self._probe.gpus(slack))
 
     def _shrink(self, order: Order) -> None:
         self._busy = True  # what is heard meanwhile is about memory before it has shrunk
         saved = self._save()
-        self._say(self._block(order, saved))
+        self._say(self._block(order, saved, goes_on=True))
         if not saved.path:
             raise SystemExit(1)
         self._on_shrink()
         files.free_cached()
-        self._shrunk_at, self._order, self._overdue, self._busy = time.monotonic(), None, False, False
+        self._looked_at = time.monotonic()
+        self._escalation.shrunk(self._looked_at)
+        self._drop_alarm()
+        self._busy = False
         self._hold_reserve()
         self._say(f"{self._marks.done}Shrunk; going on. Still critical after {self._config.dwell_s:g} s means stop.")
 
@@ -408,10 +467,11 @@ class MemoryGuard:
     def _order_reason(self) -> str:
         return self._order.reason if self._order is not None else ""
 
-    def _block(self, order: Order, saved: Saved) -> str:
+    def _block(self, order: Order, saved: Saved, *, goes_on: bool = False) -> str:
         return banner.emergency(
             reason=order.reason, epoch=self._place.epoch, step=self._place.step, saved=saved.path,
             seconds=saved.seconds, n_bytes=saved.n_bytes, failures=saved.failures, marks=self._marks,
+            goes_on=goes_on,
         )  # fmt: skip
 
     def _hold_reserve(self) -> None:
@@ -425,3 +485,8 @@ class MemoryGuard:
         ballast, self._ballast = self._ballast, None
         if ballast is not None:
             ballast.close()
+
+
+def _is_ram(alarm: Order) -> bool:
+    """Main memory, whose end nobody survives; a GPU's raises an error."""
+    return bool(alarm.numbers["meter"] == "ram")

@@ -52,11 +52,28 @@ class Nvml:
     """
 
     def __init__(self, library: Any = None, uuids: Sequence[str] | None = None) -> None:
-        none_wanted = uuids is not None and len(uuids) == 0
-        self._library: Any = library if library is not None or none_wanted else _load()
+        self._library: Any = library
+        self._ready: bool | None = None
         self._devices: list[tuple[str, str, ctypes.c_void_p]] = []
-        if self._library is not None and self._library.nvmlInit_v2() == 0:
+        self._watch(uuids)
+
+    def watch(self, uuids: Sequence[str]) -> None:
+        """Look at these from now on."""
+        if list(uuids) != self._wanted:
+            self._watch(uuids)
+
+    def _watch(self, uuids: Sequence[str] | None) -> None:
+        self._wanted = None if uuids is None else list(uuids)
+        self._devices = []
+        if (self._wanted is None or self._wanted) and self._start():
             self._devices = [d for d in map(self._device, self._handles(uuids)) if d is not None]
+
+    def _start(self) -> bool:
+        """Load and start the driver's library, when it is needed for the first time."""
+        if self._ready is None:
+            self._library = self._library or _load()
+            self._ready = self._library is not None and self._library.nvmlInit_v2() == 0
+        return self._ready
 
     def look(self, slack: dict[str, int] | None = None) -> list[GpuUse]:
         """Each device's use; a device that stops answering is left out.

@@ -8,11 +8,22 @@ from typing import Any
 
 from brainenc.guard import pytorch as files
 
+SETTLING_S = 0.02
+"""So soon after an update whatever belongs to it is done as well."""
+
 
 class PlaceInRun:
-    """Kept up to date by the guard's ``check`` and by hooks on the optimizers. One thread."""
+    """Kept up to date by the guard's ``check`` and by hooks on the optimizers. One thread.
 
-    def __init__(self) -> None:
+    Args:
+        settles: more is saved than a model and its optimizer: a scheduler, a scaler, averages. They step right after
+            the update, and are of no step until they have.
+    """
+
+    def __init__(self, *, settles: bool = False) -> None:
+        self._settles = settles
+        self._updated_at = float("-inf")
+        self._ended = False
         self.epoch = self.step = 0
         self.updating = False
         """``optimizer.step()`` is running: the weights are of no step."""
@@ -31,10 +42,24 @@ class PlaceInRun:
         if epoch is not None:
             self.epoch = epoch
         self._began, self.step, self._stepped, self.updating, self._rng = now, step, False, False, None
+        self._ended = False
 
-    def finish_epoch(self) -> None:
+    def end_batches(self, n: int) -> None:
+        """All ``n`` batches of the epoch are finished. The epoch is not: evaluation and a scheduler's step may follow,
+        which a script that is stopped in them does again, with the random numbers of this moment."""
+        self.step, self._stepped, self._ended = n, False, True
+        self.remember_rng()
+
+    def finish_epoch(self, *, if_ended: bool = False) -> None:
         """The next batch is the first of the next epoch."""
-        self.epoch, self.step, self._stepped, self._rng, self.epoch_rng = self.epoch + 1, 0, False, None, None
+        if self._ended or not if_ended:
+            self.epoch, self.step, self._stepped, self._rng, self.epoch_rng = self.epoch + 1, 0, False, None, None
+            self._ended = False
+
+    @property
+    def settling(self) -> bool:
+        """An update has just ended, and what steps after it may not have done so."""
+        return self._settles and self._stepped and time.monotonic() - self._updated_at < SETTLING_S
 
     def remember_rng(self) -> None:
         """Keep the generators' states at this boundary: a batch broken off later is repeated with the same ones."""
@@ -59,5 +84,6 @@ class PlaceInRun:
         self.updating = True
 
     def _after(self, *_: Any) -> None:
+        self._updated_at = time.monotonic()
         self.updating, self._stepped = False, True
         self.after_update()

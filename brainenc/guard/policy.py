@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from brainenc.errors import UsageError
-from brainenc.guard.messages import Level
+from brainenc.guard.messages import Level, OrderKind
 
 RANK: dict[Level, int] = {"ok": 0, "warn": 1, "critical": 2}
 _PRESETS = {4: (0.90, 0.92, 0.85, 0.88), 6: (0.88, 0.90, 0.83, 0.86), 8: (0.85, 0.88, 0.80, 0.84)}
@@ -120,6 +120,8 @@ class Decision:
     """Critical by growth, not by threshold."""
     urgent: bool = False
     """The next step boundary would be too late."""
+    held: bool = False
+    """The reading itself is below this level, which only lasts for its dwell."""
 
     @property
     def fraction(self) -> float:
@@ -134,7 +136,9 @@ class Decision:
         text = f"{name} usage is {self.fraction:.1%} ({gigabytes})"
         if self.predicted:
             return f"{text} and grows by {self.rate / 1e6:.0f} MB/s: full in {self.seconds_left:.2f} s"
-        return f"{text}, at or above {self.threshold:.0%}" if self.level != "ok" else text
+        if self.level == "ok":
+            return text
+        return f"{text}, {'lately ' if self.fraction < self.threshold else ''}at or above {self.threshold:.0%}"
 
     def numbers(self) -> dict[str, Any]:
         """Everything as plain values, for records."""
@@ -142,7 +146,7 @@ class Decision:
             "meter": self.meter, "used": self.used, "limit": self.limit, "fraction": round(self.fraction, 4),
             "threshold": self.threshold, "rate": round(self.rate), "needed_s": round(self.needed_s, 3),
             "seconds_left": None if self.seconds_left == float("inf") else round(self.seconds_left, 3),
-            "predicted": self.predicted, "urgent": self.urgent,
+            "predicted": self.predicted, "urgent": self.urgent, "held": self.held,
         }  # fmt: skip
 
 
@@ -209,10 +213,12 @@ def classify(meter: Meter, growth: Growth, timing: Timing, config: PolicyConfig,
         level = "warn"
     rate = growth.latest if by_level else growth.steady
     left = _left(meter, rate)
+    # A GPU that is full raises an error that can be caught, and what grows in a step are activations: it can wait.
+    waits = meter.name.startswith("gpu")
     return Decision(
         level=level, meter=meter.name, used=meter.used, limit=meter.limit, rate=rate, seconds_left=left,
         threshold=critical if by_level else config.predict_from if predicted else warn, needed_s=needed,
-        predicted=predicted, urgent=level == "critical" and left < timing.save_s + timing.step_s,
+        predicted=predicted, urgent=level == "critical" and not waits and left < timing.save_s + timing.step_s,
     )  # fmt: skip
 
 
@@ -252,7 +258,42 @@ class Policy:
 def _held(decision: Decision, level: Level, thresholds: Thresholds) -> Decision:
     """The same numbers at the level that has not lasted long enough to be left."""
     warn, critical = thresholds.pair(decision.meter)
-    return replace(decision, level=level, threshold=critical if level == "critical" else warn)
+    return replace(decision, level=level, threshold=critical if level == "critical" else warn, held=True)
+
+
+class Escalation:
+    """What to do about critical memory: shrink; still critical one dwell later means stop. A shrink that has helped is
+    forgotten: if memory gets short again one day, shrinking is tried again. One thread at a time.
+
+    Args:
+        first: what is done first.
+        dwell_s: so long a shrink may take to show.
+    """
+
+    def __init__(self, first: Literal["stop", "shrink"], dwell_s: float) -> None:
+        self._first, self._dwell_s = first, dwell_s
+        self._shrunk_at = float("-inf")
+        self._helped = False
+
+    def shrunk(self, now: float) -> None:
+        """It was just done."""
+        self._shrunk_at, self._helped = now, False
+
+    def calm(self) -> None:
+        """Memory is not critical, or no longer."""
+        self._helped = True
+
+    def critical(self, now: float) -> OrderKind | None:
+        """Memory is critical: what to do; None: it has just shrunk, wait."""
+        helped, self._helped = self._helped, False
+        if self._first == "stop" or self._shrunk_at == float("-inf"):
+            return self._first
+        if now - self._shrunk_at < self._dwell_s:
+            return None
+        if not helped:
+            return "stop"
+        self._shrunk_at = float("-inf")
+        return "shrink"
 
 
 def _badness(decision: Decision) -> tuple[int, bool, float]:

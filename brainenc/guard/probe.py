@@ -131,6 +131,10 @@ class Probe:
         """The GPUs. ``slack``: UUID -> bytes that torch holds without using them."""
         return self._nvml.look(slack)
 
+    def watch_gpus(self, uuids: Sequence[str]) -> None:
+        """Look at these GPUs from now on; none is asked of when there are none."""
+        self._nvml.watch(uuids)
+
     def refresh(self) -> None:
         """Read the limits again; once a second is enough."""
         for group in self._groups:

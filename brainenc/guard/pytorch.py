@@ -71,7 +71,13 @@ def write(content: Mapping[str, Any], final: Path) -> int:
     try:
         with open(partial, "xb", buffering=0) as file:
             stream = _Hashing(file.fileno())
-            torch.save(dict(content), cast("Any", stream))
+            try:
+                torch.save(dict(content), cast("Any", stream))
+            except RuntimeError:
+                if stream.failure is None:
+                    raise
+                # torch ends its archive all the same, and then tells of that: "unexpected pos" instead of a full disk.
+                raise stream.failure from None
             os.fsync(file.fileno())
         found = _file_hash(partial)
         if found != stream.digest():
@@ -190,25 +196,40 @@ def restore_rng(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def gpu_uuids() -> list[str]:
-    """NVML's names of the devices that torch may use in this process; empty without a GPU."""
-    import torch
+def gpus_in_use(objects: Mapping[str, Any] | None = None) -> dict[int, str]:
+    """Number -> NVML's name of each GPU that this process works on. Asking starts nothing on any GPU.
 
-    if not torch.cuda.is_available():
-        return []
-    found = (getattr(torch.cuda.get_device_properties(i), "uuid", None) for i in range(torch.cuda.device_count()))
-    return [
-        str(uuid) if str(uuid).startswith(("GPU-", "MIG-")) else f"GPU-{uuid}" for uuid in found if uuid is not None
-    ]
-
-
-def gpu_slack() -> dict[str, int]:
-    """UUID -> bytes that torch's allocator holds in this process but has not given out."""
+    Args:
+        objects: where their tensors lie; None: where torch's allocator holds memory.
+    """
     import torch
 
     if not _cuda_in_use():
         return {}
-    return {uuid: torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i) for i, uuid in enumerate(gpu_uuids())}
+    if objects is None:
+        numbers = [i for i in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(i) > 0]
+    else:
+        tensors = (t for thing in objects.values() for t in _tensors(thing.state_dict()))
+        numbers = sorted({t.device.index for t in tensors if t.is_cuda})
+    found = ((i, getattr(torch.cuda.get_device_properties(i), "uuid", None)) for i in numbers)
+    return {
+        i: str(uuid) if str(uuid).startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+        for i, uuid in found
+        if uuid is not None
+    }
+
+
+def gpu_uuids() -> list[str]:
+    """NVML's names of the GPUs that this process works on now."""
+    return list(gpus_in_use().values())
+
+
+def gpu_slack(objects: Mapping[str, Any] | None = None) -> dict[str, int]:
+    """UUID of each GPU that this process works on -> bytes that torch's allocator holds there but has not given out."""
+    import torch
+
+    found = gpus_in_use(objects)
+    return {uuid: torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i) for i, uuid in found.items()}
 
 
 def largest_on_gpu(objects: Mapping[str, Any]) -> int:
@@ -220,17 +241,15 @@ def largest_on_gpu(objects: Mapping[str, Any]) -> int:
 
 
 def gpu_allocations() -> list[tuple[str, int, int, int]]:
-    """Of each GPU: name, bytes allocated, reserved, and in total."""
+    """Of each GPU that this process works on: name, bytes allocated, reserved, and in total."""
     import torch
 
-    if not torch.cuda.is_available():
-        return []
     return [
         (
             torch.cuda.get_device_name(i), torch.cuda.memory_allocated(i), torch.cuda.memory_reserved(i),
             torch.cuda.get_device_properties(i).total_memory,
         )
-        for i in range(torch.cuda.device_count())
+        for i in gpus_in_use()
     ]  # fmt: skip
 
 
@@ -251,20 +270,20 @@ def release_gpus(objects: Mapping[str, Any]) -> list[str]:
     Returns:
         a sentence for each GPU of this process; none where it has used none.
     """
-    if not _cuda_in_use():
+    gpus = gpus_in_use()
+    if not gpus:
         return []
-    uuids = gpu_uuids()
 
     def allocated() -> dict[str, int]:
         import torch
 
-        return {uuid: torch.cuda.memory_allocated(i) for i, uuid in enumerate(uuids)}
+        return {uuid: torch.cuda.memory_allocated(i) for i, uuid in gpus.items()}
 
     def let_go() -> None:
         empty_tensors(objects, lambda tensor: bool(tensor.is_cuda))
         free_cached()
 
-    return [str(found) for found in release(let_go, allocated, Nvml(uuids=uuids))]
+    return [str(found) for found in release(let_go, allocated, Nvml(uuids=list(gpus.values())))]
 
 
 def empty_tensors(objects: Mapping[str, Any], wanted: Callable[[Any], bool]) -> None:
@@ -319,8 +338,22 @@ class _Hashing:
 
     def __init__(self, fd: int) -> None:
         self._fd, self._hash, self.written = fd, xxhash.xxh3_128(), 0
+        self.failure: OSError | None = None
+        """Why something could not be written."""
 
     def write(self, data: Any) -> int:
+        """All of it.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        try:
+            return self._write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def _write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self._hash.update(view)
         done = 0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +25,12 @@ log = logging.getLogger(__name__)
 
 WAKE_SIGNAL: int = getattr(signal, "SIGURG", 0)
 """Ignored by default, so that one that comes late kills nobody; used by hardly any program."""
+
+SILENT_S = 5.0
+"""A watcher says what it reads once a second: one that was not heard for so long hangs."""
+STARTING_S = 60.0
+"""So long the first word may take: Python's own files may lie on a slow network mount."""
+_AGAIN_S = 1.0
 
 _PROGRAM = """
 import json, sys
@@ -42,7 +51,6 @@ class WatcherSettings:
     timing: Timing = field(default_factory=Timing)
     uuids: Sequence[str] | None = ()
     """GPUs to look at: none by default, as others may fill those that this process does not use; None means all."""
-    disks: Sequence[str] = ()
     brake: bool = True
     """Keep this process from growing while there is no time left: allocations then fail instead."""
     by_signal: bool = False
@@ -60,6 +68,10 @@ class Watcher:
         self._settings = settings
         self._rest = b""
         self.restarts = 0
+        self._heard_at, self._spoken = time.monotonic(), False
+        self._tried_at = float("-inf")
+        self._left: list[subprocess.Popen[bytes]] = []
+        """Killed, but not gone yet: what waits for a dead disk cannot even be killed."""
         self._own_limit = own_limit()
         self._process = self._start()
 
@@ -75,8 +87,9 @@ class Watcher:
 
     @property
     def alive(self) -> bool:
-        """The process runs."""
-        return self._process.poll() is None
+        """The process runs, and was heard lately: to be asked after :meth:`read`."""
+        silent = time.monotonic() - self._heard_at
+        return self._process.poll() is None and silent < (SILENT_S if self._spoken else STARTING_S)
 
     def read(self) -> list[dict[str, Any]]:
         """What it has said since the last call; at once. ``kind`` is started, reading, decision, overdue."""
@@ -84,37 +97,52 @@ class Watcher:
             data = os.read(self.fileno(), 65536)
         except (BlockingIOError, ValueError):  # nothing there; or closed
             return []
+        if data:
+            self._heard_at, self._spoken = time.monotonic(), True
         messages, self._rest = read_lines(self._rest + data)
         return list(messages)
 
     def tell(self, **message: Any) -> None:
-        """Say something: ``timing``, ``slack``, ``inject``, ``wake_after``. A dead watcher does not hear."""
+        """Say something: ``timing``, ``slack``, ``uuids``, ``inject``, ``wake_after``. A watcher that is dead, or hangs
+        and has its pipe full, does not hear; nobody waits for it."""
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # shorter than a pipe's atomic write: written whole, or not
             os.write(self._process.stdin.fileno(), json.dumps(message).encode() + b"\n")
 
     def restart(self) -> None:
-        """Start a new process in the place of one that died."""
-        code = self._process.returncode
-        self.close()
+        """Start a new process in the place of one that died or hangs; at most once a second.
+
+        Raises:
+            OSError: it could not be started; to be tried again.
+        """
+        if (now := time.monotonic()) - self._tried_at < _AGAIN_S:
+            return
+        self._tried_at = now
+        code = self._process.poll()
+        self._end(patience_s=0.0)
         self.restarts += 1
         log.warning(
-            "The memory watcher died (exit code %s) and is started again, for the %d. time.", code, self.restarts
-        )
+            "The memory watcher %s and is started again, for the %d. time.",
+            f"died (exit code {code})" if code is not None else "was not heard any more", self.restarts,
+        )  # fmt: skip
         self._rest = b""
         self._process = self._start()
+        self._heard_at, self._spoken = time.monotonic(), False
 
     def close(self) -> None:
         """End the process. It ends by itself when this one does."""
+        self._end(patience_s=2.0)
+
+    def _end(self, patience_s: float) -> None:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.close()
-        try:
-            process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
+        if not _ended(process, patience_s):
             process.kill()
-            process.wait()
+            if not _ended(process, patience_s):
+                self._left.append(process)
+        self._left = [left for left in self._left if left.poll() is None]
         process.stdout.close()
         if self._own_limit is not None and own_limit() != self._own_limit:
             own_limit(self._own_limit)  # the watcher had the brake on
@@ -126,7 +154,6 @@ class Watcher:
             "policy": self._settings.policy, "timing": self._settings.timing._asdict(),
             "brake": self._settings.brake,
             "uuids": None if self._settings.uuids is None else list(self._settings.uuids),
-            "disks": [str(d) for d in self._settings.disks],
         }  # fmt: skip
         # -S -s -E: no site-packages, whose start-up files cost more time and memory than everything else here.
         # Elsewhere than on Linux psutil is needed, which lies there.
@@ -136,7 +163,36 @@ class Watcher:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
             start_new_session=True,  # Ctrl-C and Slurm's signals go to process groups; this one ends after us
         )  # fmt: skip
+        assert process.stdin is not None
         assert process.stdout is not None
-        with contextlib.suppress(OSError, AttributeError):
-            os.set_blocking(process.stdout.fileno(), False)
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError, AttributeError):  # on Windows they stay blocking
+                os.set_blocking(pipe.fileno(), False)
         return process
+
+
+def _ended(process: subprocess.Popen[bytes], patience_s: float) -> bool:
+    """Whether it has, after waiting for it at most so long."""
+    try:
+        process.wait(timeout=patience_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def wait_readable(fds: Sequence[int], pause_s: float) -> set[int]:
+    """Those of ``fds`` that can be read from, after at most so long. A process may have more than 1024 files open,
+    which is where ``select`` ends.
+
+    Raises:
+        OSError, ValueError: one of them is not open.
+    """
+    if not hasattr(select, "poll"):
+        return set(select.select(fds, [], [], pause_s)[0])
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    found = dict(poll.poll(max(0, round(pause_s * 1000))))
+    if any(events & select.POLLNVAL for events in found.values()):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return set(found)

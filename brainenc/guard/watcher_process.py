@@ -50,17 +50,20 @@ class Lookout:
         self._host_at = self._gpu_at = self._reading_at = self._sent_at = float("-inf")
         self._host_fraction = 1.0
         self._gpus: list[Meter] = []
-        self._sent: tuple[Level, bool] = ("ok", False)
+        self._sent: tuple[Level, bool, bool] = ("ok", False, False)
         self._wake_at = float("inf")
 
     def hear(self, message: dict[str, Any], now: float) -> None:
-        """Take one message of the worker: ``timing``, ``slack``, ``inject`` (a drill), ``wake_after``."""
+        """Take one message of the worker: ``timing``, ``slack``, ``uuids``, ``inject`` (a drill), ``wake_after``."""
         if "timing" in message:
             self.timing = Timing(**message["timing"])
         if "largest" in message and self._brake is not None:
             self._brake.extra = int(message["largest"])
         if "slack" in message:
             self.slack = message["slack"]
+            self._gpu_at = float("-inf")  # what was read before was judged by the old one
+        if "uuids" in message:
+            self._probe.watch_gpus(message["uuids"])
         if "inject" in message:
             drill = message["inject"]
             self._injected[drill["meter"]] = (float(drill["fraction"]), now + float(drill["seconds"]))
@@ -86,7 +89,7 @@ class Lookout:
             self._send(
                 {"kind": "reading", "at": now, "cpu_s": time.process_time(), **self._probe.read(self.slack).to_dict()}
             )
-        return sampling_interval(ram.used, ram.limit)
+        return max(0.0, min(sampling_interval(ram.used, ram.limit), self._wake_at - now))
 
     def _ram(self, now: float) -> Meter:
         """The host is read less often while a group's limit is what binds."""
@@ -116,8 +119,9 @@ class Lookout:
         return list(real.values())
 
     def _tell(self, decision: Decision, now: float) -> None:
-        state = (decision.level, decision.urgent)
+        state = (decision.level, decision.urgent, decision.held)
         worse = RANK[decision.level] > RANK[self._sent[0]] or (decision.urgent and not self._sent[1])
+        worse = worse or (decision.level == "critical" and self._sent[2] and not decision.held)  # critical once more
         still = decision.level != "ok" and now - self._sent_at >= READING_EVERY_S
         if state == self._sent and not still:
             return
@@ -162,15 +166,15 @@ def main(settings: dict[str, Any]) -> None:
     """Watch until the worker closes its end or is gone.
 
     Args:
-        settings: ``parent`` pid, ``signal`` number or 0, ``thresholds``, ``policy``, ``uuids``, ``disks``, ``timing``,
-            ``brake``.
+        settings: ``parent`` pid, ``signal`` number or 0, ``thresholds``, ``policy``, ``uuids``, ``timing``, ``brake``.
     """
     parent, number = int(settings["parent"]), int(settings["signal"])
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a stop is the worker's business; this process ends after it
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     policy = Policy(PolicyConfig(thresholds=Thresholds(**settings["thresholds"]), **settings.get("policy", {})))
-    probe = Probe(disks=settings.get("disks", ()), pid=parent, nvml=Nvml(uuids=settings["uuids"]))
+    # No disks: asking a network mount that is dead never returns, and there is one thread here.
+    probe = Probe(pid=parent, nvml=Nvml(uuids=settings["uuids"]))
     outbox = Outbox(1)
     brake = Brake(parent, policy.config.dwell_s) if settings["brake"] else None
     lookout = Lookout(probe, policy, outbox.send, _waker(parent, number), brake)
@@ -180,7 +184,7 @@ def main(settings: dict[str, Any]) -> None:
     pause = 0.0
     while True:
         messages = inbox(pause)
-        if messages is None or os.getppid() != parent:
+        if messages is None or _orphaned(parent):
             return
         now = time.monotonic()
         for message in messages:
@@ -192,13 +196,26 @@ def main(settings: dict[str, Any]) -> None:
             return
 
 
+def _orphaned(parent: int) -> bool:
+    """The worker is gone, although a child of it may still hold its end of the pipe. On Windows the interpreter of a
+    virtual environment starts another one, whose parent it then is: there the pipe alone tells."""
+    return os.name == "posix" and os.getppid() != parent
+
+
 def _waker(parent: int, number: int) -> Callable[[], None]:
     """Signals the worker's main thread; by a handle on the process, so that no other process ever gets the signal."""
     if not number:
         return lambda: None
+
+    def by_number() -> None:
+        _ignore_gone(lambda: os.kill(parent, number))
+
     if not hasattr(signal, "pidfd_send_signal"):
-        return lambda: _ignore_gone(lambda: os.kill(parent, number))
-    handle = os.pidfd_open(parent)
+        return by_number
+    try:
+        handle = os.pidfd_open(parent)
+    except OSError:  # a kernel before 5.3, or a sandbox that does not let it through
+        return by_number
     return lambda: _ignore_gone(lambda: signal.pidfd_send_signal(handle, number))
 
 

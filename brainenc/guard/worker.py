@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import select
 import socket
 import threading
 import time
@@ -21,11 +20,12 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from brainenc.guard.admission import Admission
+from brainenc.guard.endurance import Endurance
 from brainenc.guard.hearing import raise_in
-from brainenc.guard.messages import STRENGTH, CheckpointAck, Level, Order, OrderKind, OutOfTime, WorkerReport
-from brainenc.guard.policy import Meter, PolicyConfig, Timing
+from brainenc.guard.messages import STRENGTH, CheckpointAck, Level, Order, OutOfTime, WorkerReport
+from brainenc.guard.policy import Escalation, Meter, PolicyConfig, Timing
 from brainenc.guard.probe import Probe
-from brainenc.guard.watcher import Watcher, WatcherSettings
+from brainenc.guard.watcher import Watcher, WatcherSettings, wait_readable
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,6 @@ class WorkerGuardConfig:
     heartbeat_s: float = 0.25
     timing: Timing = field(default_factory=Timing)
     """Before anything was measured."""
-    disks: tuple[str, ...] = ()
     brake: bool = True
     """Let allocations fail while there is no time left to reach a step boundary (Linux)."""
 
@@ -77,8 +76,9 @@ class WorkerGuard:
         role: ``"train"`` or ``"extract"``.
         relief: called by the listening thread, at most once a dwell, when memory gets short: drop what can be made
             again. It must not touch what the loop is using.
-        uuids: GPUs of this worker, by NVML's name; None means all of the machine.
-        slack: bytes that the GPU allocator holds without using them, by UUID; called at step boundaries.
+        uuids: GPUs to look at until ``slack`` names others, by NVML's name; None means all of the machine.
+        slack: bytes that the GPU allocator holds without using them, by UUID of the GPUs that this process works on;
+            called at step boundaries.
     """
 
     def __init__(
@@ -98,18 +98,22 @@ class WorkerGuard:
         self._position = (-1, -1)
         self._ack: CheckpointAck | None = None
         self._beat_at = self._told_at = 0.0
+        self._looked_at = float("-inf")
         # Written by the listening thread.
         self._level: Level = "ok"
         self._reason, self._numbers = "", dict[str, Any]()
         self._counter = self._seq = 0
-        self._relieved_at = float("-inf")
+        self._relieved_at = self._spared_at = float("-inf")
+        self._endurance = Endurance("The memory guard of this worker")
         self._leaving = ""
         # Written by both, under the lock.
         self._lock = threading.Lock()
         self._order: Order | None = None
+        self._doubted: dict[str, Any] | None = None
+        """What the watcher says of a GPU, to be looked at again at the next boundary."""
         self._done: set[str] = set()
         self._last_saved = -1
-        self._shrunk_at = float("-inf")
+        self._escalation = Escalation(self.config.on_critical, self.config.policy.dwell_s)
         self._ordered_at = 0.0
         self._computing = False
 
@@ -122,6 +126,8 @@ class WorkerGuard:
 
     def pending(self) -> Order | None:
         """What to do at this boundary."""
+        if self._doubted is not None:
+            self._look_at_gpus()
         return self._order
 
     def beat(self, *, epoch: int, step: int) -> None:
@@ -133,7 +139,7 @@ class WorkerGuard:
         self._beat_at, self._position = now, (epoch, step)
         if now - self._told_at >= 0.5 and self._watcher is not None:
             self._told_at = now
-            self._watcher.tell(timing=self._timing._asdict(), slack=self._slack())
+            self._watcher.tell(timing=self._timing._asdict(), **_gpus(self._slack()))
 
     def reserve(self, n_bytes: int, what: str) -> None:
         """Ask before a large allocation.
@@ -159,7 +165,9 @@ class WorkerGuard:
             if order is not None and order.kind != "stop":
                 self._done.add(order.id)
                 self._order = None
-                self._shrunk_at = now if order.kind == "shrink" else self._shrunk_at
+                if order.kind == "shrink":
+                    self._escalation.shrunk(now)
+                    self._looked_at = now
         self._wake()
 
     @contextlib.contextmanager
@@ -199,7 +207,7 @@ class WorkerGuard:
         self._watcher = Watcher(
             WatcherSettings(
                 thresholds=policy.pop("thresholds"), policy=policy, timing=self._timing, uuids=self._uuids,
-                disks=self.config.disks, brake=self.config.brake,
+                brake=self.config.brake,
             )
         )  # fmt: skip
         self._wake_read, self._wake_write = os.pipe()
@@ -224,7 +232,8 @@ class WorkerGuard:
         if watcher is not None:
             watcher.close()
         self._leaving = leaving
-        self._send()
+        with self._endurance.doing("telling the coordinator"):
+            self._send()
         for fd in (self._wake_read, self._wake_write):
             if fd >= 0:
                 os.close(fd)
@@ -239,21 +248,35 @@ class WorkerGuard:
             watcher = self._watcher
             if watcher is None:
                 return
-            pause = max(0.0, sent_at + self.config.heartbeat_s - time.monotonic())
-            ready, _, _ = select.select([watcher.fileno(), self._wake_read], [], [], pause)
-            if self._wake_read in ready:
-                os.read(self._wake_read, 4096)
-            changed = self._wake_read in ready
-            for message in watcher.read():
-                changed = self._hear(message) or changed
+            changed = False
+            with self._endurance.doing("waiting"):
+                changed = self._wait(watcher, max(0.0, sent_at + self.config.heartbeat_s - time.monotonic()))
+            with self._endurance.doing("hearing the watcher"):
+                for message in watcher.read():
+                    changed = self._hear(message) or changed
             if not watcher.alive and not self._ending.is_set():
-                watcher.restart()
-            for order in self._link.answers():
-                changed = self._obey(order) or changed
+                with self._endurance.doing("starting the watcher again"):
+                    watcher.restart()
+            self._interrupt_if_urgent()
+            with self._endurance.doing("hearing the coordinator"):
+                for order in self._link.answers():
+                    changed = self._obey(order) or changed
             self._interrupt_if_urgent()
             if changed or time.monotonic() - sent_at >= self.config.heartbeat_s:
                 sent_at = time.monotonic()
-                self._send()
+                with self._endurance.doing("telling the coordinator"):
+                    self._send()
+
+    def _wait(self, watcher: Watcher, pause: float) -> bool:
+        """Until the watcher says something, the loop wakes this thread (True), or so many seconds have passed."""
+        try:
+            ready = wait_readable([watcher.fileno(), self._wake_read], pause)
+        except (OSError, ValueError):  # there is no watcher at the moment
+            self._ending.wait(min(0.1, pause))
+            raise
+        if self._wake_read in ready:
+            os.read(self._wake_read, 4096)
+        return self._wake_read in ready
 
     def _hear(self, message: dict[str, Any]) -> bool:
         """One message of the watcher; True when the coordinator should hear of it at once."""
@@ -261,16 +284,29 @@ class WorkerGuard:
             self._numbers = {**message["ram"], **_gpu_numbers(message["gpus"])}
         if message["kind"] != "decision":
             return False
-        before, self._level, self._reason = self._level, message["level"], message["reason"]
         self._numbers = {k: v for k, v in message.items() if k not in ("kind", "reason", "level", "at")}
-        if self._level != "ok":
-            self._relieve()
+        before, self._reason, urgent = self._level, message["reason"], bool(message["urgent"])
+        overtaken = message["at"] < self._looked_at  # seen before memory was freed
+        short = message["level"] == "critical" and not message.get("held", False)
+        if message["level"] != "ok" and not urgent:
+            short = not self._relieved(message) and short
         with self._lock:
-            if self._level == "critical":
-                self._protect(urgent=bool(message["urgent"]))
-            elif self._order is not None and self._order.id.startswith(self._name):
+            if not short:
+                self._escalation.calm()
+            self._doubted = message if short and _can_wait(message) else None
+            acts = short and not overtaken and self._doubted is None
+            self._level = message["level"] if acts or message["level"] != "critical" else "warn"
+            if acts:
+                self._protect(urgent=urgent)
+            elif message["level"] != "critical" and self._is_own(self._order):
                 self._order = None  # it went down again before anything was done
-        return self._level != before or bool(message["urgent"])
+        if urgent:
+            self._interrupt_if_urgent()
+            self._relieve()
+        return self._level != before or urgent
+
+    def _is_own(self, order: Order | None) -> bool:
+        return order is not None and order.id.startswith(self._name)
 
     @property
     def _name(self) -> str:
@@ -279,7 +315,7 @@ class WorkerGuard:
 
     def _protect(self, *, urgent: bool) -> None:
         """Decide for oneself at once; the coordinator hears of it and tells the others. Holds the lock."""
-        kind = self._escalated()
+        kind = self._escalation.critical(time.monotonic())
         if kind is None:
             return
         if self._order is not None and STRENGTH[self._order.kind] >= STRENGTH[kind]:
@@ -289,15 +325,6 @@ class WorkerGuard:
         name = f"{self._name}{self._counter}"
         step = self._position[1]
         self._take(Order(kind=kind, reason=self._reason, numbers=self._numbers, id=name, urgent=urgent, step=step))
-
-    def _escalated(self) -> OrderKind | None:
-        """Shrink first; still critical one dwell later means stop; in between, wait."""
-        since = time.monotonic() - self._shrunk_at
-        if self.config.on_critical == "stop":
-            return "stop"
-        if since == float("inf"):
-            return "shrink"
-        return "stop" if since >= self.config.policy.dwell_s else None
 
     def _obey(self, order: Order) -> bool:
         """An order of the coordinator. One that was already carried out together with the other ranks is dropped."""
@@ -325,7 +352,41 @@ class WorkerGuard:
             return
         self._relieved_at = now
         for call in self._relief:
-            call()
+            with self._endurance.doing("freeing memory"):
+                call()
+
+    def _relieved(self, message: dict[str, Any]) -> bool:
+        """Relief before alarm, then a second look: is memory no longer short? Memory that is critical once more within
+        a dwell is not looked at again: then less has to be needed."""
+        self._relieve()
+        if message["predicted"] or message["drill"] or message["meter"] != "ram":
+            return False
+        if time.monotonic() - self._spared_at < self.config.policy.dwell_s:
+            return False
+        if self._probe.ram().fraction >= self.config.policy.thresholds.ram_warn:
+            return False
+        if message["level"] == "critical":
+            self._spared_at = self._looked_at = time.monotonic()
+        return True
+
+    def _look_at_gpus(self) -> None:
+        """At a boundary: what the watcher took for used may only be held by torch's allocator since the last one."""
+        slack = self._slack()
+        if slack:
+            self._probe.watch_gpus(list(slack))
+        short = any(gpu.fraction >= self.config.policy.thresholds.gpu_warn for gpu in self._probe.gpus(slack))
+        if self._watcher is not None:
+            self._watcher.tell(**_gpus(slack))
+        with self._lock:
+            doubted, self._doubted = self._doubted, None
+            if doubted is None:
+                return
+            if short:
+                self._level = "critical"
+                self._protect(urgent=False)
+            else:
+                self._escalation.calm()
+        self._wake()
 
     def _interrupt_if_urgent(self) -> None:
         """Raise in the loop when its step would end too late."""
@@ -347,6 +408,16 @@ class WorkerGuard:
         if self._wake_write >= 0:
             with contextlib.suppress(BlockingIOError):
                 os.write(self._wake_write, b"\0")
+
+
+def _can_wait(message: dict[str, Any]) -> bool:
+    """About a GPU: when that is full an error is raised, so it is looked at again at the next boundary."""
+    return message["meter"] != "ram" and not message["drill"]
+
+
+def _gpus(slack: dict[str, int]) -> dict[str, Any]:
+    """What the watcher must know of the GPUs in use."""
+    return {"slack": slack, "uuids": list(slack)} if slack else {}
 
 
 def _gpu_numbers(gpus: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """A run of two workers under Ray, one of which leaks: started by the tests inside a real memory limit.
 
-python leaking_run.py FOLDER MB_PER_S [FILL]
+python leaking_run.py FOLDER MB_PER_S [HELD]
 
-FILL: fraction of the memory limit that the driver holds from the start, so that a slow leak is not long on its way.
-MB_PER_S 0 is as fast as the machine can.
+HELD: bytes that the driver holds from the start, so that a slow leak is not long on its way. MB_PER_S 0 is as fast
+as the machine can.
 """
 
 import json
@@ -46,11 +46,10 @@ def tell_at_step(metrics: Path, step: int, trigger: Path) -> None:
 
 def main() -> None:
     folder, rate = Path(sys.argv[1]), float(sys.argv[2])
-    fill = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
+    held = b"\1" * (int(sys.argv[3]) if len(sys.argv) > 3 else 0)
     sys.path.insert(0, str(Path(__file__).parents[2]))
     import ray
 
-    from brainenc.guard.probe import Probe
     from brainenc.train.launch import train
     from tests.train.conftest import _make
 
@@ -63,8 +62,6 @@ def main() -> None:
         logging_level="ERROR", runtime_env=environment, _temp_dir=scratch,
     )  # fmt: skip
     config = small.config(folder / "run", workers="2", epochs=4000, guard={"on_critical": "stop"})
-    ram = Probe().ram()
-    held = b"\1" * max(0, int(fill * ram.limit) - ram.used)
     teller = threading.Thread(target=tell_at_step, args=(folder / "run/metrics.jsonl", 10, Path(trigger)), daemon=True)
     teller.start()
     result = train(config)

@@ -14,16 +14,9 @@ import torch
 
 from brainenc.guard import MemoryGuard
 from brainenc.guard.policy import PolicyConfig
-from brainenc.guard.probe import Probe
 
 MB = 1 << 20
 kept = []
-
-
-def fill(to):
-    """Hold memory up to a fraction of what this process may use, at a pace that is no leak."""
-    ram = Probe().ram()
-    kept.append(b"\1" * max(0, int(to * ram.limit) - ram.used))
 
 
 def leak(mb_per_s, piece=8 * MB):
@@ -42,7 +35,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--leak", type=float, default=-1)
     parser.add_argument("--leak-at", type=int, default=-1)
-    parser.add_argument("--fill", type=float, default=0.0)
+    parser.add_argument("--hold", type=int, default=0)
     parser.add_argument("--thread", action="store_true")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--step-s", type=float, default=0.0)
@@ -53,7 +46,7 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    fill(args.fill)  # before the guard looks: a data set in memory, say
+    kept.append(b"\1" * args.hold)  # before the guard looks: a data set in memory, say
     if args.from_thread:
         outcome = []
         worker = threading.Thread(target=lambda: outcome.append(run(args)))

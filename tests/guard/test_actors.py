@@ -110,3 +110,26 @@ def test_a_signal_to_the_driver_becomes_an_order(ray_session, coordinator):
 
     assert signal.getsignal(signal.SIGTERM) == before
     assert coordinator.status()["incidents"][0]["order"]["reason"] == "the driver received SIGTERM"
+
+
+def test_the_keeper_of_the_coordinator_outlives_what_it_meets(monkeypatch, caplog):
+    """A metric that cannot be set, an answer that cannot be read: the next look comes all the same."""
+    import threading
+
+    from brainenc.guard import actors
+
+    monkeypatch.setattr(actors, "_LOOK_EVERY_S", 0.01)
+    handle = object.__new__(actors.CoordinatorHandle)
+    handle._ending, looks = threading.Event(), []
+
+    def look():
+        looks.append(1)
+        if len(looks) == 3:
+            handle._ending.set()
+        raise ValueError("no gauge takes that")
+
+    handle._look = look
+    handle._keep()
+
+    assert len(looks) == 3
+    assert sum("goes on" in record.getMessage() for record in caplog.records) == 1

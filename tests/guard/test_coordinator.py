@@ -16,8 +16,8 @@ CONFIG = CoordinatorConfig(silent_after_s=3, deadline_s=20, dwell_s=5)
 class Run:
     """Workers as they would be: each keeps its state and reports it; the test says what happens."""
 
-    def __init__(self, names=("rank0", "rank1"), config=CONFIG, roles=None):
-        self.now, self.lines, self.config = 0.0, [], config
+    def __init__(self, names=("rank0", "rank1"), config=CONFIG, roles=None, kind=Coordinator):
+        self.now, self.lines, self.config, self.kind = 0.0, [], config, kind
         self.coordinator = self.new_coordinator()
         self.state = {
             name: {"seq": 0, "step": 0, "level": "ok", "order": None, "ack": None, "leaving": ""} for name in names
@@ -25,7 +25,7 @@ class Run:
         self.roles = roles or {}
 
     def new_coordinator(self):
-        return Coordinator(self.config, lambda line: self.lines.append(json.loads(json.dumps(line))))
+        return self.kind(self.config, lambda line: self.lines.append(json.loads(json.dumps(line))))
 
     def report(self, name, *, lost=False, **changes):
         """One heartbeat; ``lost`` on its way."""
@@ -384,6 +384,88 @@ def test_an_order_from_before_a_restart_does_not_undo_a_stop():
 @given(st.lists(st.sampled_from(sorted(EVENTS)), min_size=5, max_size=40))
 def test_long_sequences_of_events(events):
     check_story(events)
+
+
+# ---- a report looks at its own worker only
+
+
+class Thorough(Coordinator):
+    """Ticks at every report, as if that cost nothing."""
+
+    def _would_change(self, worker, now):
+        return True
+
+
+MIXED = ("rank0", "rank1", "extract-0", "extract-1")
+CHANGES = {
+    "beat": {},
+    "ok": {"level": "ok"},
+    "critical": {"level": "critical"},
+    "lost": {"level": "critical", "lost": True},
+    "leaves": {"leaving": "done"},
+    "comes back": {"leaving": ""},
+}
+ANYTHING = st.one_of(
+    st.tuples(st.sampled_from(sorted(CHANGES)), st.sampled_from(MIXED)),
+    st.tuples(st.sampled_from(("saved", "failed")), st.sampled_from(MIXED)),
+    st.tuples(st.just("trip"), st.sampled_from(("stop", "shrink", "checkpoint"))),
+    st.tuples(st.just("tick"), st.just("")),
+    st.tuples(st.just("restart"), st.just("")),
+    st.tuples(st.just("later"), st.sampled_from((0.5, 1.7, 3.1, 5.5, 21.0))),
+)
+
+
+def tell(kind, events):
+    """All that a coordinator answers, records and knows in a story."""
+    run = Run(MIXED, roles={name: "extract" for name in MIXED if name.startswith("extract")}, kind=kind)
+    told = []
+    for event, who in events:
+        if event == "later":  # reports are all that it hears of time
+            run.now += who
+        elif event == "tick":
+            run.wait(0)
+        elif event == "trip":
+            run.coordinator.trip(who, "SIGTERM", run.now)
+        elif event == "restart":
+            run.coordinator = run.new_coordinator()
+        else:
+            if event in ("saved", "failed"):
+                run.save(who, ok=event == "saved")
+            told.append(run.report(who, **CHANGES.get(event, {})))
+        told.append(json.loads(json.dumps(run.coordinator.status(run.now))))
+    return told, run.lines
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(ANYTHING, min_size=3, max_size=40))
+def test_a_report_that_does_not_tick_would_have_changed_nothing(events):
+    assert tell(Coordinator, events) == tell(Thorough, events)
+
+
+class Counting(Coordinator):
+    """Knows how often it has looked at everybody."""
+
+    ticks = 0
+
+    def tick(self, now):
+        self.ticks += 1
+        super().tick(now)
+
+
+def test_a_thousand_reports_of_an_incident_are_not_a_million_looks():
+    names = [f"rank{i}" for i in range(1000)]
+    run = Run(names, kind=Counting)
+    for name in names:
+        run.report(name)
+    for name in names:
+        run.report(name, level="critical" if name == "rank17" else "ok")
+    for name in names:
+        run.save(name)
+        run.report(name, level="ok")
+
+    assert run.incident.outcome == "saved"
+    assert len(run.incident.acks) == 1000
+    assert run.coordinator.ticks <= 3
 
 
 @pytest.mark.soak

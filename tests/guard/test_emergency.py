@@ -1,6 +1,7 @@
 """Where emergency files go, and which of them counts."""
 
 import errno
+import stat
 
 import pytest
 
@@ -119,8 +120,80 @@ def test_two_scripts_do_not_find_each_others_files(tmp_path):
     assert not set(one.places) & set(other.places)
 
 
+def test_the_temporary_folder_is_shared_and_this_users_is_not(files, tmp_path):
+    """Its name can be guessed: it is closed to others, and where others may have put something it is left alone."""
+    second = files.places[2].parent
+    files.save(1, only_in(files.places[2]))
+
+    assert second.parent == tmp_path / "tmp"
+    assert stat.S_IMODE(second.stat().st_mode) == 0o700
+    assert [path.parent for path in files.found()] == [files.places[2]]
+    second.chmod(0o777)
+    assert files.found() == []
+    saved = files.save(2, only_in(files.places[2], files.places[3]))
+    assert saved.path.startswith(str(tmp_path / "home"))
+    assert "can be written to by others" in saved.failures[2]
+
+
+def only_in(*places):
+    """A writer that fails elsewhere."""
+
+    def write(path):
+        if path.parent not in places:
+            raise OSError(errno.EACCES, "Permission denied", str(path))
+        return put(path)
+
+    return write
+
+
 def test_the_speed_of_a_folder_is_measured_and_nothing_left(tmp_path):
     assert disk_speed(tmp_path) > 0
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     assert disk_speed(tmp_path / "file" / "below") == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("unexpected pos 640 vs 534")])
+def test_any_error_leads_to_the_next_place(files, tmp_path, error):
+    """Under the brake memory ends in the middle of a save; and torch has words of its own for a full disk."""
+
+    def write(path):
+        if path.parent == tmp_path / "run":
+            raise error
+        return put(path)
+
+    saved = files.save(1, write)
+
+    assert saved.path == str(tmp_path / "second/emergency_epoch1.pth")
+    assert len(saved.failures) == 1
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named_and_passed_over(files, tmp_path, monkeypatch):
+    put(tmp_path / "run/emergency_epoch1.pth")
+    put(tmp_path / "second/emergency_epoch2.pth")
+    look = type(tmp_path).iterdir
+
+    def iterdir(folder):
+        if folder == tmp_path / "second":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return look(folder)
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", iterdir)
+
+    path, _, passed_over = files.newest(contents({str(tmp_path / "run/emergency_epoch1.pth"): (1, 9)}))
+    assert path == tmp_path / "run/emergency_epoch1.pth"
+    assert passed_over == [f"{tmp_path / 'second'} cannot be looked into: Permission denied."]
+    assert files.retire() == []
+
+
+def test_a_file_that_cannot_be_set_aside_is_named(files, tmp_path, monkeypatch):
+    """The training has ended well: that is no reason to fail."""
+    put(tmp_path / "run/emergency_epoch1.pth")
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(type(tmp_path), "replace", refuse)
+
+    (sentence,) = files.retire()
+    assert "Read-only file system" in sentence

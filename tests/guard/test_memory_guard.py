@@ -15,8 +15,11 @@ import torch
 from brainenc.errors import MemoryRefused, UsageError
 from brainenc.guard import MemoryGuard
 from brainenc.guard import pytorch as files
-from brainenc.guard.policy import PolicyConfig
+from brainenc.guard.nvml import GpuUse
+from brainenc.guard.policy import Policy, PolicyConfig
+from brainenc.guard.probe import MemoryUse, Reading
 from brainenc.guard.testing import wait_until
+from brainenc.guard.watcher_process import Lookout
 
 SCRIPT = Path(__file__).with_name("plain_script.py")
 ROOT = Path(__file__).parents[2]
@@ -58,6 +61,13 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     return tmp_path / "run"
+
+
+def decision(level="critical", **changes):
+    """What the watcher says, at 95 % unless told otherwise."""
+    message = {"kind": "decision", "level": level, "reason": f"memory is {level}", "meter": "ram", "fraction": 0.95}
+    message |= {"urgent": False, "held": False, "predicted": False, "drill": False, "at": time.monotonic()}
+    return message | changes
 
 
 def stopped(script, **kwargs):
@@ -397,3 +407,202 @@ def test_a_loop_that_counts_by_itself_is_told_what_it_does_again(home):
     told = [text for text in again.said if "begins again from its first batch" in text]
     assert len(told) == 1
     assert f"{start.step} of its batches are trained a second time" in told[0]
+
+
+class Memory:
+    """Main memory as a test wants it, for the watcher's look and the guard's."""
+
+    limited = True
+
+    def __init__(self, fraction):
+        self.fraction = fraction
+
+    def free(self):
+        self.fraction = 0.5
+
+    def ram(self):
+        return MemoryUse(int(self.fraction * 1000), 1000, "test")
+
+    def levels(self, *, host=True):
+        return [self.ram()]
+
+    def gpus(self, slack=None):
+        return []
+
+    def refresh(self):
+        pass
+
+    def read(self, slack=None):
+        return Reading(ram=self.ram(), levels=(self.ram(),))
+
+    def close(self):
+        pass
+
+
+def test_relief_that_works_is_enough_for_good(home):
+    """The watcher keeps a level for its dwell and says so once a second: that is no new alarm."""
+    memory, config = Memory(0.9), PolicyConfig(dwell_s=5.0)
+    script = Script(home, policy=config, relief=[memory.free])
+    lookout = Lookout(memory, Policy(config), lambda message: script.guard._hear(message), lambda: None)
+    with script.guard:
+        script.guard._probe.close()
+        script.guard._probe = memory
+        start = time.monotonic()
+        for i in range(80):  # eight seconds, told a little faster
+            lookout.look(start + i * 0.1)
+            script.guard.check(i, epoch=2)
+            script.step()
+
+    assert script.text.count("freeing caches was enough") == 1
+    assert list(home.iterdir()) == []
+
+
+def test_memory_that_is_critical_once_more_after_relief_stops(home):
+    memory = Memory(0.9)
+    script = Script(home, policy=PolicyConfig(dwell_s=60), relief=[memory.free])
+    early = decision()
+    said = []
+
+    def run():
+        script.guard._probe.close()
+        script.guard._probe = memory
+        for step, message in enumerate([early, early, decision(at=time.monotonic() + 60)]):
+            said.append(message)
+            script.guard._hear(message)
+            script.guard.check(step, epoch=2)  # the second was said before memory was freed: it is not acted upon
+
+    with pytest.raises(SystemExit) as stop, script.guard:
+        run()
+
+    assert (stop.value.code, len(said)) == (75, 3)
+
+
+@pytest.mark.parametrize("during", ["shrinking", "relief"])
+def test_asked_to_stop_while_something_else_is_done_it_still_stops(home, during):
+    def ask():
+        os.kill(os.getpid(), signal.SIGTERM)
+        script.guard.drill("ram", 0.2)
+
+    if during == "shrinking":
+        script = Script(home, on_critical="shrink", on_shrink=ask)
+        begin = {"at": 3, "do": lambda: script.guard.drill("ram", 0.95, seconds=60)}
+    else:
+        script = Script(home, relief=[ask])
+        begin = {"at": 3, "do": lambda: script.guard._hear(decision())}
+
+    assert stopped(script, **begin) == 75
+    assert "asked to stop by SIGTERM" in script.text
+
+
+def test_a_shrink_that_helped_is_tried_again_another_day(home):
+    """Also when memory was fine before the dwell was over, and the watcher has said nothing since."""
+    sizes = [8]
+    script = Script(home, on_critical="shrink", on_shrink=lambda: sizes.append(sizes[-1] // 2))
+    with script.guard:
+        for step in range(2):
+            script.guard._hear(decision(drill=True))
+            script.guard.check(step, epoch=2)
+            script.guard._hear(decision("ok", fraction=0.5))
+            time.sleep(0.4)
+
+    assert sizes == [8, 4, 2]
+    assert "EMERGENCY STOP" not in script.text, "it goes on"
+
+
+def test_a_warning_of_a_gpu_is_about_the_gpu(home):
+    script = Script(home)
+    with script.guard:
+        script.guard._hear(decision("warn", meter="gpu0", reason="GPU0 usage is 91.0% (14.6GB/16.0GB)"))
+        script.guard.check(0, epoch=2)
+
+    assert "memory is getting short: GPU0 usage is 91.0%" in script.text
+    assert "short: RAM" not in script.text
+
+
+@pytest.mark.parametrize(("slack", "ends"), [(800, False), (0, True)])
+def test_a_full_gpu_is_looked_at_again_with_what_torch_holds_now(home, monkeypatch, slack, ends):
+    monkeypatch.setattr(files, "gpu_slack", lambda objects=None: {"GPU-1": slack})
+    script = Script(home)
+    script.guard._probe.watch_gpus = lambda uuids: None
+    script.guard._probe.gpus = lambda slack=None: [GpuUse("GPU-1", "T4", 950, 1000, (slack or {}).get("GPU-1", 0))]
+    code = None
+    try:
+        with script.guard:
+            script.guard._hear(decision(meter="gpu0"))
+            script.guard.check(0, epoch=2)
+    except SystemExit as stop:
+        code = stop.code
+
+    assert code == (75 if ends else None)
+
+
+def test_saved_on_the_spot_the_scheduler_is_of_the_same_step(home):
+    """Memory ends in the middle of an update: saved after it, and after the scheduler's step that belongs to it."""
+    script = Script(home)
+    schedule = torch.optim.lr_scheduler.StepLR(script.opt, 2)
+    guard = MemoryGuard(
+        model=script.model, optimizer=script.opt, scheduler=schedule, save_dir=home, reserve=0, say=script.said.append
+    )
+    updates = []
+
+    def in_update(*_):
+        updates.append(1)
+        if len(updates) == 4:
+            guard._hear(decision(urgent=True))
+
+    script.opt.register_step_pre_hook(in_update)
+
+    def run():
+        for step in range(10):
+            guard.check(step, epoch=2)
+            script.step()
+            schedule.step()
+            time.sleep(0.5)
+
+    with pytest.raises(SystemExit) as stop, guard:
+        run()
+
+    content = files.load(home / "emergency_epoch2.pth")
+    assert stop.value.code == 75
+    assert (content["step"], content["scheduler_state_dict"]["last_epoch"]) == (4, 4)
+
+
+def few_epochs(folder, stop_at=None):
+    """Shuffled, with noise in every step, an evaluation that draws random numbers, and a scheduler of epochs."""
+
+    def place(*here):
+        if here == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
+    data = torch.utils.data.TensorDataset(torch.randn(16, 4))
+    loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
+    with MemoryGuard(
+        model=model, optimizer=opt, scheduler=schedule, save_dir=folder, reserve=0, say=lambda text: None
+    ) as guard:
+        guard.resume()
+        for epoch in guard.epochs(3):
+            for step, (x,) in guard.batches(loader):
+                opt.zero_grad()
+                (model(x) + torch.rand(4)).square().mean().backward()
+                opt.step()
+                place(epoch, step)
+            torch.rand(3)
+            place(epoch, "evaluation")
+            schedule.step()
+    return model.weight.detach()
+
+
+@pytest.mark.parametrize("stop_at", [(1, 3), (1, "evaluation"), (1, 1)])
+def test_stopped_at_the_end_of_an_epoch_the_weights_are_bit_equal(home, tmp_path, stop_at):
+    """After the last update, and in the evaluation, which is done again, so that the scheduler is not left behind."""
+    whole = few_epochs(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        few_epochs(home, stop_at)
+
+    assert torch.equal(few_epochs(home), whole)

@@ -96,3 +96,13 @@ def test_where_process_numbers_differ_the_whole_device_is_told(library):
 
     assert not found.own
     assert "the device had in use (the share of this process cannot be told) 5 GB" in str(found)
+
+
+def test_which_devices_are_read_may_change(library):
+    nvml = Nvml(library, uuids=[])
+    assert nvml.look() == []
+
+    nvml.watch(["GPU-2"])
+    assert [g.uuid for g in nvml.look()] == ["GPU-2"]
+    nvml.watch([])
+    assert nvml.look() == []

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from brainenc.errors import UsageError
 from brainenc.guard.policy import (
     RANK,
+    Escalation,
     Growth,
     Meter,
     Policy,
@@ -200,3 +201,47 @@ def test_looks_come_faster_when_the_way_to_70_percent_is_short(used, limit, want
 def test_what_may_still_be_allocated_ends_at_the_critical_threshold():
     assert free_below(Meter("ram", 5 * GB, 10 * GB), PolicyConfig()) == int(3.8 * GB)
     assert free_below(Meter("ram", 9 * GB, 10 * GB), PolicyConfig()) == 0
+
+
+def test_the_level_that_its_dwell_keeps_is_told_apart():
+    """Whoever acts must know that memory is there again."""
+    policy, source = Policy(PolicyConfig(dwell_s=5.0)), FakeSource(GB)
+
+    decisions = [policy.look(now, [source.at(fraction)], CALM) for now, fraction in [(0, 0.9), (1, 0.6), (2, 0.89)]]
+
+    assert [d.level for d in decisions] == ["critical"] * 3
+    assert [d.held for d in decisions] == [False, True, False]
+    assert "lately at or above 88%" in decisions[1].reason
+
+
+def test_a_gpu_can_wait_for_the_boundary():
+    """Its end is an error that can be caught, and activations come back."""
+    policy, source = Policy(), FakeSource(8 * GB, "gpu0")
+    decisions = [policy.look(now, [meter], CALM) for now, meter in source.rising(5e9, start=0.5, to=0.99, every=0.01)]
+
+    assert decisions[-1].level == "critical"
+    assert not any(decision.urgent for decision in decisions)
+
+
+def test_a_shrink_that_did_not_help_is_followed_by_a_stop():
+    escalation = Escalation("shrink", 5.0)
+    assert escalation.critical(0) == "shrink"
+    escalation.shrunk(1)
+
+    assert [escalation.critical(now) for now in (2, 5, 6.1)] == [None, None, "stop"]
+
+
+def test_a_shrink_that_helped_is_tried_again_another_day():
+    escalation = Escalation("shrink", 5.0)
+    escalation.shrunk(1)
+    escalation.calm()  # said once, before the dwell was over
+
+    assert [escalation.critical(now) for now in (7200, 7201)] == ["shrink", "shrink"]
+
+
+def test_a_shrink_that_helped_for_a_moment_did_not_help():
+    escalation = Escalation("shrink", 5.0)
+    escalation.shrunk(1)
+    escalation.calm()
+
+    assert [escalation.critical(now) for now in (3, 7)] == [None, "stop"]

@@ -1,9 +1,11 @@
 """The emergency file of PyTorch objects: complete, streamed, verified, refused when torn."""
 
+import errno
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import xxhash
 
 from brainenc.errors import CheckpointUnusable, NoSpace
 from brainenc.guard import pytorch as files
+from brainenc.guard.emergency import EmergencyFiles
 
 
 def trained(seed=0):
@@ -272,3 +275,80 @@ def test_without_a_gpu_there_is_nothing_to_release():
 
     assert files.release_gpus({"model": model}) == []
     assert model.weight.numel() == 4
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of four megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("needs root to mount a small file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.root
+def test_a_disk_that_fills_while_saving_is_told_and_the_next_place_takes_it(small_disk, tmp_path, monkeypatch):
+    """There was room when it was asked for; torch ends its archive all the same, and fails again in that."""
+    monkeypatch.setattr(files, "space", lambda folder: None)
+    big = {"model": torch.nn.Linear(1500, 1500)}
+
+    with pytest.raises(OSError, match="No space left") as failed:
+        save(big, small_disk / "a.pth")
+    assert failed.value.errno == errno.ENOSPC
+    assert list(small_disk.iterdir()) == []
+
+    saved = EmergencyFiles(small_disk, [tmp_path / "second"]).save(3, lambda path: save(big, path))
+    assert saved.path == str(tmp_path / "second/emergency_epoch3.pth")
+    assert "No space left on device" in saved.failures[0]
+
+
+class OnGpu:
+    """Something whose tensors lie on a GPU, as far as anybody can tell here."""
+
+    def __init__(self, *numbers):
+        self.numbers = numbers
+
+    def state_dict(self):
+        return {
+            str(n): SimpleNamespace(untyped_storage=None, is_cuda=True, device=SimpleNamespace(index=n))
+            for n in self.numbers
+        }
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A process that has used the first of two GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda i: [900, 0][i])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda i: [300, 0][i])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"uuid-{i}"))
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_only_gpus_that_are_used_count():
+    assert files.gpus_in_use({"model": OnGpu(1), "optimizer": OnGpu(1)}) == {1: "GPU-uuid-1"}
+    assert files.gpus_in_use({"model": torch.nn.Linear(2, 2)}) == {}
+    assert files.gpu_uuids() == ["GPU-uuid-0"]
+    assert files.gpu_slack() == {"GPU-uuid-0": 600}
+
+
+def test_asking_for_gpus_starts_nothing_on_them(monkeypatch):
+    """A script on the CPU of a machine with GPUs: a context there would cost it half a gigabyte of them."""
+
+    def start(i):
+        raise AssertionError("this would initialise CUDA")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("get_device_properties", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, start)
+
+    assert files.gpu_uuids() == []
+    assert files.gpu_allocations() == []
+    assert files.gpu_slack({"model": torch.nn.Linear(2, 2)}) == {}

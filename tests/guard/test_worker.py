@@ -1,19 +1,33 @@
 """The guard of one worker: what the loop finds at its boundaries, and what the coordinator hears. Real watchers."""
 
+import logging
+import os
+import resource
+import signal
 import threading
 import time
 
 import pytest
 
 from brainenc.errors import MemoryRefused
+from brainenc.guard import watcher
 from brainenc.guard.admission import Admission
 from brainenc.guard.messages import Order, OutOfTime
+from brainenc.guard.nvml import GpuUse
 from brainenc.guard.policy import Meter, PolicyConfig
+from brainenc.guard.probe import MemoryUse
 from brainenc.guard.testing import RecordingLink, wait_until
 from brainenc.guard.worker import WorkerGuard, WorkerGuardConfig
 
 FAST = WorkerGuardConfig(policy=PolicyConfig(dwell_s=0.4), heartbeat_s=0.05)
 STOP = Order(kind="stop", reason="the driver received SIGTERM", id="c1-stop")
+
+
+def decision(level="critical", **changes):
+    """What a watcher says, at 95 % unless told otherwise."""
+    message = {"kind": "decision", "level": level, "reason": f"memory is {level}", "meter": "ram", "fraction": 0.95}
+    message |= {"urgent": False, "held": False, "predicted": False, "drill": False, "at": time.monotonic()}
+    return message | changes
 
 
 @pytest.fixture
@@ -126,8 +140,7 @@ def test_without_a_coordinator_it_protects_itself(guard, link):
 
 def make_urgent(guard):
     """As a watcher would say it when memory is full in a moment."""
-    message = {"kind": "decision", "level": "critical", "reason": "full in 0.1 s", "urgent": True, "at": 0.0}
-    guard._hear(message)
+    guard._hear(decision(reason="full in 0.1 s", urgent=True, at=0.0))
 
 
 def test_too_short_a_time_interrupts_the_computation(guard):
@@ -232,3 +245,128 @@ def test_the_worker_guard_refuses_what_would_not_fit(guard):
     guard.reserve(1 << 20, "a batch")
     with pytest.raises(MemoryRefused, match="all of it"):
         guard.reserve(1 << 50, "all of it")
+
+
+class Memory:
+    """What the second look sees."""
+
+    def __init__(self, guard, fraction=0.95, slack=0.0):
+        self.fraction, self.slack = fraction, slack
+        guard._probe.ram = lambda: MemoryUse(int(self.fraction * 1000), 1000, "test")
+        guard._probe.gpus = lambda slack: [GpuUse(uuid, "T4", 950, 1000, n) for uuid, n in slack.items()]
+
+    def free(self):
+        self.fraction = 0.5
+
+
+def test_relief_comes_before_an_order_and_the_coordinator_hears_of_no_trouble(link):
+    """Nor does the level that the watcher keeps for its dwell bring the order after all."""
+    with WorkerGuard("rank1", FAST, link, relief=[lambda: memory.free()]) as guard:
+        memory = Memory(guard)
+        guard._hear(decision())
+        assert guard.pending() is None
+        guard._hear(decision(held=True, fraction=0.5))
+        assert guard.pending() is None
+        assert wait_until(lambda: link.reports[-1].level == "warn")
+
+    assert {r.level for r in link.reports} == {"ok", "warn"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"predicted": True}, {"urgent": True}])
+def test_relief_that_is_not_enough_or_takes_too_long_is_no_excuse(link, changes):
+    helps = bool(changes)
+    with WorkerGuard("rank1", FAST, link, relief=[lambda: memory.free() if helps else None]) as guard:
+        memory = Memory(guard)
+        guard._hear(decision(**changes))
+
+        assert guard.pending().kind == "shrink"
+
+
+def test_memory_that_is_critical_once_more_after_relief_is_an_order(link):
+    with WorkerGuard("rank1", FAST, link, relief=[lambda: memory.free()]) as guard:
+        memory = Memory(guard)
+        seen_before = decision()
+        guard._hear(decision())
+        guard._hear(seen_before)
+        assert guard.pending() is None, "said before memory was freed, heard after it"
+        guard._hear(decision())
+
+        assert guard.pending().kind == "shrink"
+
+
+def test_a_shrink_that_helped_is_forgotten(guard):
+    """Also when memory was fine again before its dwell was over, and nothing was said since."""
+    guard._hear(decision(drill=True))
+    guard.saved(path="/ckpt/step3", step=3, epoch=0)
+    guard._hear(decision("ok", fraction=0.5))
+    time.sleep(FAST.policy.dwell_s + 0.1)
+    guard._hear(decision(drill=True))
+
+    assert guard.pending().kind == "shrink"
+
+
+@pytest.mark.parametrize(("slack", "ordered"), [(800, False), (0, True)])
+def test_a_full_gpu_is_looked_at_again_at_the_boundary(link, slack, ordered):
+    """The watcher goes by what torch held at an earlier boundary: activations since then are given back by now."""
+    with WorkerGuard("rank1", FAST, link, slack=lambda: {"GPU-1": slack}) as guard:
+        Memory(guard)
+        guard._hear(decision(meter="gpu0"))
+        assert guard._order is None
+
+        assert (guard.pending() is not None) is ordered
+        assert ("critical" in {r.level for r in link.reports}) <= ordered
+
+
+class Gone(RecordingLink):
+    """Ray was shut down under it."""
+
+    def post(self, report):
+        raise RuntimeError("Ray is gone")
+
+    def answers(self):
+        raise RuntimeError("Ray is gone")
+
+
+def test_the_listening_thread_outlives_whatever_it_calls(caplog):
+    def fail():
+        raise ZeroDivisionError("a relief of somebody's")
+
+    with caplog.at_level(logging.ERROR), WorkerGuard("rank1", FAST, Gone(), relief=[fail]) as guard:
+        guard.drill("ram", 0.95)
+        assert wait_until(lambda: guard.pending() is not None)
+        time.sleep(0.3)
+        assert guard._thread.is_alive()
+
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 3, "each kind once: relief, answers, reports"
+
+
+def test_more_open_files_than_select_can_count(link):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] < 2000 and before[1] != resource.RLIM_INFINITY:
+        pytest.skip("this process may not open so many")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2000, before[1]))
+    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        with WorkerGuard("rank1", FAST, link) as guard:
+            guard.drill("ram", 0.95)
+            assert wait_until(lambda: guard.pending() is not None)
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_watcher_that_hangs_is_replaced(guard, monkeypatch):
+    monkeypatch.setattr(watcher, "SILENT_S", 1.6, raising=False)
+    assert wait_until(lambda: guard._numbers)
+    first = guard.watcher_pid
+    os.kill(first, signal.SIGSTOP)
+
+    try:
+        assert wait_until(lambda: guard.watcher_pid != first, timeout_s=6)
+        guard.drill("ram", 0.95)
+        assert wait_until(lambda: guard.pending() is not None)
+    finally:
+        if guard.watcher_pid == first:
+            os.kill(first, signal.SIGCONT)

@@ -1,0 +1,103 @@
+"""The process beside the worker, and the worker's side of it, when one of the two does not answer."""
+
+import os
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from brainenc.guard import watcher_process
+from brainenc.guard.testing import wait_until
+from brainenc.guard.watcher import WAKE_SIGNAL, Watcher, WatcherSettings
+
+
+@pytest.fixture
+def watcher():
+    watcher = Watcher(WatcherSettings())
+    assert wait_until(lambda: any(message["kind"] == "started" for message in watcher.read()))
+    yield watcher
+    os.kill(watcher.pid, signal.SIGCONT)
+    watcher.close()
+
+
+def test_nobody_waits_for_a_watcher_that_does_not_listen(watcher):
+    """Its pipe is full after 64 kB: then what is told it is lost, and the training goes on."""
+    os.kill(watcher.pid, signal.SIGSTOP)
+
+    def talk():
+        for _ in range(2000):
+            watcher.tell(timing={"save_s": 1.0, "step_s": 0.5}, slack={"GPU-1": 1})
+
+    talking = threading.Thread(target=talk, daemon=True)
+    talking.start()
+    talking.join(timeout=5)
+    assert not talking.is_alive()
+
+    os.kill(watcher.pid, signal.SIGCONT)
+    time.sleep(0.3)
+    watcher.tell(inject={"meter": "ram", "fraction": 0.95, "seconds": 5})
+    assert wait_until(lambda: any(message.get("level") == "critical" for message in watcher.read()))
+
+
+def test_a_watcher_that_is_silent_counts_as_dead_and_is_not_waited_for(watcher, monkeypatch):
+    monkeypatch.setattr("brainenc.guard.watcher.SILENT_S", 1.6, raising=False)
+    os.kill(watcher.pid, signal.SIGSTOP)
+    first = watcher.pid
+    watcher.read()
+    assert watcher.alive
+    time.sleep(1.7)
+    watcher.read()
+    assert not watcher.alive
+
+    began = time.monotonic()
+    watcher.restart()
+
+    assert time.monotonic() - began < 1
+    assert watcher.pid != first
+    assert wait_until(lambda: any(message["kind"] == "reading" for message in watcher.read()))
+    assert watcher.alive
+
+
+def test_one_that_is_still_starting_is_given_time(monkeypatch):
+    """Python itself may lie on a slow network mount."""
+    monkeypatch.setattr("brainenc.guard.watcher.SILENT_S", 0.0)
+    watcher = Watcher(WatcherSettings())
+    try:
+        assert watcher.alive
+    finally:
+        watcher.close()
+
+
+def test_the_watcher_asks_no_disk(watcher):
+    """A network mount that is dead never answers, and there is one thread to watch memory."""
+    found = []
+    assert wait_until(lambda: found.extend(m for m in watcher.read() if m["kind"] == "reading") or found)
+
+    assert found[0]["disks"] == []
+    assert not hasattr(WatcherSettings(), "disks")
+
+
+def test_the_parent_is_asked_for_on_posix_only(monkeypatch):
+    """The interpreter of a virtual environment on Windows starts another one, and is its parent."""
+    monkeypatch.setattr(watcher_process, "os", SimpleNamespace(name="nt", getppid=lambda: 1))
+    assert not watcher_process._orphaned(4711)
+    monkeypatch.setattr(watcher_process, "os", SimpleNamespace(name="posix", getppid=lambda: 1))
+    assert watcher_process._orphaned(4711)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="Linux")
+def test_a_kernel_without_handles_on_processes_is_no_obstacle(monkeypatch):
+    woken = []
+    before = signal.signal(WAKE_SIGNAL, lambda *_: woken.append(1))
+
+    def unknown(pid):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", unknown)
+    try:
+        watcher_process._waker(os.getpid(), WAKE_SIGNAL)()
+        assert wait_until(lambda: bool(woken))
+    finally:
+        signal.signal(WAKE_SIGNAL, before)
