@@ -9,6 +9,7 @@ import click
 
 from brainenc.cli.extract_options import config_from, source_options
 from brainenc.cli.progress import Progress
+from brainenc.cli.staging import tell_handed_over
 from brainenc.extract.config import ExtractProgress, ExtractSummary
 from brainenc.units import format_bytes, format_seconds, parse_seconds
 
@@ -18,7 +19,7 @@ Example:
   brainenc extract --subject-dir data/subj01 --store features \\
       --backbone facebook/dinov2-base --feature 11.q --feature norm.token
 """
-OWN = ("on_bad_image", "check_images", "max_attempts", "address", "node_store")
+OWN = ("on_bad_image", "check_images", "max_attempts", "node_store")
 """Options that planning has not."""
 
 
@@ -40,11 +41,6 @@ OWN = ("on_bad_image", "check_images", "max_attempts", "address", "node_store")
     help="How often readers get to see what is sealed.",
 )
 @click.option(
-    "--address",
-    metavar="HOST:PORT",
-    help="Ray cluster to run on: auto or host:port; by default one of its own.",
-)
-@click.option(
     "--node-store", metavar="DIR",
     help="Keep shards on this folder of each node's own disk, and move them into the store at the end; variables are "
     "the node's, as in '$TMPDIR'.",
@@ -58,32 +54,37 @@ def command(as_json: bool, debug: bool, commit_every: str, **options: Any) -> in
     own = {name: options.pop(name) for name in OWN}
     config = config_from(options, commit_every_s=parse_seconds(commit_every), **own)
     from brainenc.extract.driver import extract  # late: torch takes seconds, which wrong usage need not wait for
+    from brainenc.featurestore.places import is_staged
 
     with Progress("extract", json_lines=as_json) as shown:
         summary = extract(config, progress=lambda p: _show(shown, p))
-    _print(summary, as_json)
+    _print(summary, as_json, flushed=not is_staged(config.store, config.stage))
     return 0
 
 
 def _show(shown: Progress, p: ExtractProgress) -> None:
     if p.note:
         shown.note(p.note)
-    figures: dict[str, Any] = {
+    text: dict[str, Any] = {
         "images_per_s": round(p.images_per_s, 2),
         "shards": f"{p.shards_sealed}/{p.shards_total}",
     }
     if p.memory_bytes:
-        figures["RAM"] = format_bytes(p.memory_bytes)
+        text["RAM"] = format_bytes(p.memory_bytes)
     if p.gpu_fraction is not None:
-        figures["GPU"] = f"{p.gpu_fraction:.0%}"
+        text["GPU"] = f"{p.gpu_fraction:.0%}"
     if p.retries:
-        figures["retries"] = p.retries
-    shown.update(p.images_done, p.images_total, **figures)
+        text["retries"] = p.retries
+    shown.update(
+        p.images_done, p.images_total, text=text, images_per_s=round(p.images_per_s, 3), seconds_left=p.seconds_left,
+        shards_sealed=p.shards_sealed, shards_total=p.shards_total, retries=p.retries, memory_bytes=p.memory_bytes,
+        memory_limit_bytes=p.memory_limit_bytes, gpu_fraction=p.gpu_fraction,
+    )  # fmt: skip
 
 
-def _print(summary: ExtractSummary, as_json: bool) -> None:
+def _print(summary: ExtractSummary, as_json: bool, *, flushed: bool) -> None:
     if as_json:
-        click.echo(json.dumps(summary.to_dict()))
+        click.echo(json.dumps({**summary.to_dict(), "confirmed": flushed}))
         return
     for warning in summary.warnings:
         click.echo(f"note: {warning}")
@@ -100,3 +101,4 @@ def _print(summary: ExtractSummary, as_json: bool) -> None:
         click.echo(f"missing row: {uri}: {why}")
     for key in summary.keys:
         click.echo(f"{summary.store}  {key}")
+    tell_handed_over(flushed or not (summary.images or summary.reused))

@@ -10,6 +10,7 @@ import click
 
 from brainenc.errors import UsageError
 from brainenc.extract.config import COMPUTES, DTYPES, SHARD_BYTES, ExtractConfig, Source
+from brainenc.redact import redact
 from brainenc.units import parse_bytes
 
 _OPTIONS = [
@@ -65,6 +66,9 @@ _OPTIONS = [
         "--threads", type=int, metavar="N", help="Threads a copy computes with; by default its share of the cores."
     ),
     click.option(
+        "--address", metavar="HOST:PORT", help="Ray cluster to run on: auto or host:port; by default one of its own."
+    ),
+    click.option(
         "--stage/--no-stage", default=None,
         help="Treat the store as a mount without a real flush, or not; by default found out.",
     ),
@@ -99,7 +103,7 @@ def config_from(options: dict[str, Any], **more: Any) -> ExtractConfig:
         by_id=o["by_id"], stimuli=o["stimuli"] if o["by_id"] else None, size_policy=o["size_policy"],
         image_size=o["image_size"], micro_batch=_batch(o["batch_size"]), rows_per_shard=o["rows_per_shard"],
         shard_bytes=parse_bytes(o["shard_size"]), dtype=o["dtype"], compute=o["compute"], format=o["shard_format"],
-        actors=o["actors"], threads=o["threads"], device=o["device"], stage=o["stage"], **more,
+        actors=o["actors"], threads=o["threads"], device=o["device"], address=o["address"], stage=o["stage"], **more,
     )  # fmt: skip
 
 
@@ -154,7 +158,7 @@ def _modern(options: dict[str, Any]) -> dict[str, Any]:
         options["batch_size"] = options["batch_size"] or batch
         said.append(f"--batch-size {options['batch_size']}")
     if said:
-        click.echo(f"brainenc: these flags are old; today's are {' '.join(said)}", err=True)
+        click.echo(f"brainenc: these flags are old; today's are {redact(' '.join(said))}", err=True)
     return options
 
 

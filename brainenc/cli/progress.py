@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
+from brainenc.redact import redact
 from brainenc.units import format_seconds
 
 LIVE_S = 0.1
@@ -52,8 +53,19 @@ class Progress:
         self._moved: tuple[float, float] | None = None
         self._last: tuple[float, float | None, dict[str, Any]] | None = None
 
-    def update(self, done: float, total: float | None = None, **figures: Any) -> None:
-        """Say how far it is: ``done`` of ``total``, and figures to show beside it, in this order."""
+    def update(
+        self, done: float, total: float | None = None, *, text: Mapping[str, Any] | None = None, **figures: Any
+    ) -> None:
+        """Say how far it is: ``done`` of ``total``, and figures to show beside it, in this order.
+
+        Args:
+            done: how much is done.
+            total: of how much, where that is known.
+            text: what people read instead of the figures, which programs read.
+            figures: numbers; in ``--json`` under these names.
+        """
+        if not self._json and text is not None:
+            figures = dict(text)
         self._last = (done, total, figures)
         now = self._clock()
         if self._first is None or done < self._first[1]:
@@ -67,7 +79,8 @@ class Progress:
             self._write(done, total, figures)
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """A line that stays; without credentials."""
+        text = redact(text)
         self._clear()
         self._print(json.dumps({"command": self._label, "note": text}) if self._json else text)
 

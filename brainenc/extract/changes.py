@@ -77,20 +77,29 @@ def refuse_changed(rows: Iterable[int], stored: StimulusSet, found: StimulusSet)
 
 
 class KnownHashes:
-    """Row -> content hash, from the receipts of whichever collection has the row sealed; each receipt is read once."""
+    """Row -> content hash, from the receipts of whichever collection has the row sealed; each receipt is read once.
+
+    Only those that are needed are read, and nothing is mended or removed, so that any worker may ask. Where receipts
+    may be torn or absent beside whole shards, the driver calls :meth:`Collection.sealed` first.
+
+    Raises (when called):
+        CorruptData: a receipt is torn.
+    """
 
     def __init__(self, collections: Sequence[Collection]) -> None:
-        self._collections = [(c, c.sealed()) for c in collections]
+        self._collections = tuple(collections)
         self._hashes = functools.lru_cache(maxsize=None)(self._read)
 
     def __call__(self, row: int) -> str | None:
-        for n, (collection, sealed) in enumerate(self._collections):
+        for n, collection in enumerate(self._collections):
             shard = row // collection.rows_per_shard
-            if shard in sealed:
-                hashes = self._hashes(n, shard)
-                if hashes and hashes[row - shard * collection.rows_per_shard]:
-                    return hashes[row - shard * collection.rows_per_shard]
+            hashes = self._hashes(n, shard)
+            if hashes and hashes[row - shard * collection.rows_per_shard]:
+                return hashes[row - shard * collection.rows_per_shard]
         return None
 
     def _read(self, n: int, shard: int) -> tuple[str, ...]:
-        return tuple(self._collections[n][0].receipt(shard).content_hashes or ())
+        try:
+            return tuple(self._collections[n].receipt(shard).content_hashes or ())
+        except FileNotFoundError:  # not sealed
+            return ()

@@ -156,9 +156,10 @@ class ExtractProgress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractSummary:
-    """What an extraction did."""
+    """What an extraction did; for people and logs, so without credentials."""
 
     store: str
+    """Its address without credentials."""
     keys: tuple[str, ...]
     """Collections that are now complete."""
     images: int

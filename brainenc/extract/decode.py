@@ -46,8 +46,8 @@ class DecodeAhead:
         """Decode in order. Leaving the iterator early cancels what has not begun.
 
         Args:
-            decode: (row, uri) -> :class:`Decoded`; called in the pool's threads; returns problems, raises only what
-                no other image could survive either (``MemoryError``).
+            decode: (row, uri) -> :class:`Decoded`; called in the pool's threads; returns problems of the image, raises
+                what is none: no memory (then they go on one by one), a place that does not answer.
             rows: row of each image.
             uris: where each lies.
             ahead: images that may be decoded, or in decoding, before they are asked for.

@@ -1,10 +1,11 @@
-"""The device a worker computes on: which one, what it is called, when it is out of memory. Worker and driver.
+"""The device a worker computes on: what there is, what it is called, when it is out of memory. Worker and driver.
 
 torch is imported where it is needed: a repeat that finds nothing to do gets by without it.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib.metadata
 import os
@@ -12,37 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from brainenc import allocator
-from brainenc.errors import UsageError
 
 _LIBRARIES = ("transformers", "open_clip_torch", "timm", "torchvision", "pillow", "numpy")
 _NO_MEMORY = (
     "not enough memory",  # torch's CPU allocator raises a plain RuntimeError
     "can't allocate memory",
     "CUDA out of memory",
+    "CUDA error: out of memory",  # the driver itself, outside torch's allocator
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # its handle found no room
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-
-
-def resolve_device(device: str, *, elsewhere: bool = False) -> str:
-    """``auto`` -> ``cuda`` where there is one, else ``cpu``.
-
-    Args:
-        device: what was asked for.
-        elsewhere: the work is done on other machines, whose devices cannot be seen from here.
-
-    Raises:
-        UsageError: ``cuda`` was asked for and there is none.
-    """
-    if device == "cpu" or (device == "cuda" and elsewhere):
-        return device
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if device == "cuda":
-        raise UsageError("--device cuda was asked for, but torch sees no CUDA device here; `brainenc doctor` says why.")
-    return "cpu"
 
 
 def device_fraction(device: str) -> float | None:
@@ -55,13 +36,11 @@ def device_fraction(device: str) -> float | None:
     return 1 - free / total
 
 
-def device_count(device: str) -> int:
-    """Model copies that make sense by default: one per GPU, else one."""
-    if device != "cuda":
-        return 1
+def gpu_count() -> int:
+    """CUDA devices that torch sees on this machine."""
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def device_name(device: str) -> str:
@@ -92,6 +71,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 

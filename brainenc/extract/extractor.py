@@ -13,9 +13,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from brainenc import allocator
-from brainenc.errors import BrainencError, ExtractionFailed, ShardSealed, StimuliChanged, ValueNotStorable
+from brainenc.errors import (
+    BadImages,
+    BrainencError,
+    ExtractionFailed,
+    ShardSealed,
+    StimuliChanged,
+    TransferFailed,
+    ValueNotStorable,
+)
 from brainenc.extract.backbone import Backbone, load_backbone
 from brainenc.extract.changes import KnownHashes
 from brainenc.extract.config import ExtractJob
@@ -34,6 +43,7 @@ from brainenc.featurestore.dtypes import logical_dtype
 from brainenc.featurestore.store import open_store
 from brainenc.featurestore.writer import ShardWriter
 from brainenc.guard.messages import NullGuard, StepGuard
+from brainenc.redact import redact
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +240,7 @@ class Extractor:
             if order.kind == "shrink":
                 self._shrink((self._ceiling or shard.task.micro_batch) // 2)
                 shard.notes.append(f"memory got short ({order.reason}): {self._ceiling} images at a time from here on")
-            self._guard.saved(path=self._job.store, step=self._rows_done, epoch=0)
+            self._guard.saved(path=redact(self._job.store), step=self._rows_done, epoch=0)
             if order.kind == "stop":
                 raise Stopped(order.reason)
         if self._should_stop():
@@ -252,18 +262,27 @@ class Extractor:
     def _decode(
         self, row: int, uri: str, wanted: tuple[int, int] | None, find: Callable[[int, str], Donation | None]
     ) -> Decoded:
-        """Read, hash, decode and preprocess one image. Runs in the decoding threads."""
-        digest = ""
+        """Read, hash, decode and preprocess one image. Runs in the decoding threads.
+
+        Only what is wrong with the image itself is kept as its problem. That it could not be read just now is no such
+        thing: that is raised and fails the shard, or a busy server would leave a missing row for good.
+        """
         try:
-            pixels = read_pixels(uri)
-            data = read_bytes(uri) if pixels is None else pixels.tobytes()
-            digest = content_hash(data)
-            if (donation := find(row, digest)) is not None:
-                return Decoded(row=row, uri=uri, pixels=None, content_hash=digest, donation=donation)
-            tensor = self._backbone.preprocess(open_image(data) if pixels is None else image_from_pixels(pixels))
-        except MemoryError:
-            raise
+            digest, image = _read(uri)
+        except (FileNotFoundError, BadImages) as error:
+            return Decoded(row=row, uri=uri, pixels=None, content_hash="", problem=_one_line(error))
+        if (donation := find(row, digest)) is not None:
+            return Decoded(row=row, uri=uri, pixels=None, content_hash=digest, donation=donation)
+        try:
+            tensor = self._backbone.preprocess(image())
         except Exception as error:  # whatever a decoder raises is this image's problem: kept, listed, never hidden
+            if is_out_of_memory(error):
+                raise MemoryError(_one_line(error)) from error
+            if digest != _read(uri)[0]:
+                raise TransferFailed(
+                    f"{redact(uri)} could not be decoded ({_one_line(error)}), and gives other bytes when it is read "
+                    "again: it is being written, or was damaged on its way. The same command tries again."
+                ) from None
             return Decoded(row=row, uri=uri, pixels=None, content_hash=digest, problem=_one_line(error))
         height, width = tensor.shape[-2:]
         if wanted is not None and (height, width) != wanted:
@@ -289,6 +308,15 @@ class Extractor:
                 f"{', '.join(changed[:5])}. Put the old files back, or extract the new ones under another name: "
                 "--stimuli NAME."
             )
+
+
+def _read(uri: str) -> tuple[str, Callable[[], Image]]:
+    """(Hash of the content, what decodes it)."""
+    pixels = read_pixels(uri)
+    if pixels is not None:
+        return content_hash(pixels.tobytes()), lambda: image_from_pixels(pixels)
+    data = read_bytes(uri)
+    return content_hash(data), lambda: open_image(data)
 
 
 def _with_gaps(

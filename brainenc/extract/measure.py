@@ -105,8 +105,20 @@ def choose_trial(trials: Sequence[Trial], memory_bytes: int) -> Trial:
 
 @contextmanager
 def _fresh_processes(count: int) -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+    with _environment(MALLOC_ARENA_MAX="1"), ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
         yield pool
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """What children find in their environment, unless somebody chose otherwise: here what workers of Ray find."""
+    ours = {name: text for name, text in variables.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 def _work(job: ExtractJob, wanted: tuple[Wanted, ...], uris: tuple[str, ...], started: float) -> Measured:

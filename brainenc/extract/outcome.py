@@ -9,6 +9,7 @@ from typing import Literal
 
 from brainenc.extract.decode import Decoded
 from brainenc.extract.plan import ShardTask
+from brainenc.redact import redact
 
 Status = Literal["sealed", "bad_images", "stopped", "failed", "quarantined"]
 
@@ -26,7 +27,8 @@ class ShardOutcome:
     reused: int = 0
     """Images whose rows were copied from another stimulus set."""
     bad: Mapping[str, str] = field(default_factory=dict)
-    """Images that could not be read, and why: missing rows, or what kept the shard from being sealed."""
+    """Images that could not be read, without credentials, and why: missing rows, or what kept the shard from being
+    sealed."""
     micro_batch: int = 0
     """What was aimed at in the end: the task's, or less after memory ran out; 0 if nothing was computed."""
     seconds: float = 0.0
@@ -55,7 +57,7 @@ class ShardPass:
     def take(self, batch: Sequence[Decoded]) -> None:
         """Remember the hashes and problems of images that were decoded."""
         self.hashes += [image.content_hash for image in batch]
-        self.bad |= {image.uri: image.problem for image in batch if image.problem}
+        self.bad |= {redact(image.uri): redact(image.problem) for image in batch if image.problem}
         self.reused += sum(image.donation is not None for image in batch)
 
     def begin_batch(self) -> None:

@@ -35,6 +35,17 @@ class OutputBuffers:
         kept = self._kept.get(feature)
         if kept is None or len(kept) < count:
             self._kept.pop(feature, None)  # before the larger one is there
-            pages = mmap.mmap(-1, count * self._dtype.itemsize)
+            pages = _pages(count * self._dtype.itemsize)
             kept = self._kept[feature] = torch.frombuffer(pages, dtype=self._dtype)
         return kept[:count].view(rows, *shape)
+
+
+def _pages(n_bytes: int) -> mmap.mmap:
+    """Memory of this process alone. What ``mmap`` gives by itself is shared, and counts as the group's shared memory.
+
+    Raises:
+        OSError: ENOMEM.
+    """
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, n_bytes)  # Windows, where it is private

@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,25 @@ from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from brainenc.addresses import init_options, resolve
-from brainenc.errors import BrainencError
+from brainenc.errors import BrainencError, ExtractionFailed
 from brainenc.extract.attempts import AttemptLedger, LedgerState
-from brainenc.extract.config import ExtractConfig, ExtractProgress
+from brainenc.extract.config import ExtractConfig, ExtractJob, ExtractProgress
+from brainenc.extract.figures import Figures
 from brainenc.extract.guard_record import guard_folder
+from brainenc.extract.machines import Machines, Node
+from brainenc.extract.measure import Measured, measure, settle_micro_batch
 from brainenc.extract.node_store import collect
 from brainenc.extract.outcome import ShardOutcome
-from brainenc.extract.plan import ShardTask
+from brainenc.extract.plan import ShardTask, Wanted
 from brainenc.extract.prepare import Survey, looked_again
 from brainenc.extract.progress import Meter
 from brainenc.extract.run import Run
 from brainenc.extract.scratch import scratch_folder
 from brainenc.extract.worker import Worker
 from brainenc.guard import signals
-from brainenc.guard.actors import CoordinatorAddress, RayLink, start_coordinator
+from brainenc.guard.actors import CoordinatorAddress, RayLink, draining_nodes, start_coordinator
 from brainenc.metrics import Gauges
+from brainenc.redact import redact
 
 _NODE_GONE = (
     ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError, ray.exceptions.WorkerCrashedError,
@@ -53,9 +57,51 @@ TICK_S = 1.0
 """How often the driver looks at the ledger."""
 
 
+@contextlib.contextmanager
+def joined(address: str) -> Iterator[ClusterSite]:
+    """That cluster, left at the end; the one that this process has joined already is used as it is. Driver only."""
+    with contextlib.nullcontext() if ray.is_initialized() else _connected(init_options(address)):
+        yield ClusterSite()
+
+
+class ClusterSite:
+    """The nodes of the cluster that this process has joined: a :class:`~brainenc.extract.site.Site`."""
+
+    @property
+    def machines(self) -> Machines:
+        """The nodes that are there now."""
+        return _machines()
+
+    def settle_micro_batch(self, job: ExtractJob, image_shape: tuple[int, int], features: Sequence[str]) -> int:
+        """On a node that could hold an actor: the driver's own machine may have no GPU, or another one."""
+        return int(self._elsewhere(settle_micro_batch, job, job, image_shape, tuple(features)))
+
+    def measure(self, job: ExtractJob, wanted: Sequence[Wanted], uris: Sequence[str], actors: int) -> Measured:
+        """One actor on one node; as many of them are as many times as fast."""
+        one: Measured = self._elsewhere(measure, job, job, tuple(wanted), tuple(uris))
+        return replace(one, seconds_per_image=one.seconds_per_image / actors)
+
+    def _elsewhere(self, work: Callable[..., Any], job: ExtractJob, *arguments: Any) -> Any:
+        task: Any = ray.remote(max_retries=0)(work)
+        resources = self.machines.resources(job.device, 1, job.threads)
+        try:
+            return ray.get(task.options(**resources).remote(*arguments))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayError as error:
+            raise ExtractionFailed(f"Measuring on the cluster failed: {error}") from error
+
+
+def _machines() -> Machines:
+    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    leaving = draining_nodes()
+    there = [node["Resources"] for node in found if node["Alive"] and node["NodeID"] not in leaving]
+    return Machines(tuple(Node(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in there), cluster=True)
+
+
 def drive(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] | None = None) -> None:
     """Have a cluster do what is left. Ray is started, and stopped again if it was started here. Driver only."""
-    with _signals(run), _ray(run.config, found), _signals(run):  # twice: Ray puts a handler of its own between
+    with _signals(run), _ray(run.config, found):
         if not run.stop_reason:
             _drive_all(run, found, progress)
 
@@ -101,13 +147,9 @@ def _collect(found: Survey) -> BrainencError | None:
 
 def _drive(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] | None) -> None:
     """Feed the tasks to the actors and take in what comes back."""
-    tries = run.config.max_attempts
-    # Never restarted, and older than the workers: Ray's memory monitor then kills it last.
-    ledger: Any = ray.remote(num_cpus=0, max_restarts=0)(AttemptLedger).remote(
-        max_attempts=tries, max_deaths=tries + found.actors
-    )
+    ledger = start_ledger(run.config.max_attempts, found.actors)
     run.started_ray = True
-    with _coordinator(run, found) as coordinator, _Ticker(run, ledger, progress):
+    with _coordinator(run, found) as coordinator, _Ticker(run, ledger, progress, _no_gpu(found)):
         try:
             for outcome in _outcomes(found.tasks, found, ledger, coordinator):
                 run.take(outcome)
@@ -119,6 +161,28 @@ def _drive(run: Run, found: Survey, progress: Callable[[ExtractProgress], None] 
             run.ray_error = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
+def start_ledger(max_attempts: int, actors: int) -> Any:
+    """The ledger, beside the driver: with any other node the run would be lost. Driver only.
+
+    Never restarted, and older than the workers: Ray's memory monitor then kills it last.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(AttemptLedger)
+    placed = actor.options(num_cpus=0, max_restarts=0, scheduling_strategy=here)
+    return placed.remote(max_attempts=max_attempts, max_deaths=max_attempts + actors)
+
+
+def _no_gpu(found: Survey) -> str:
+    """What a cluster that could have GPUs is told, when it has none."""
+    config = found.config
+    if config.device != "auto" or found.device != "cpu" or resolve(config.address, command="extract") is None:
+        return ""
+    return (
+        "no node of the cluster has a GPU now, so the work is done on CPUs; where nodes with GPUs come when they are "
+        "asked for, ask for them: --device cuda --actors N"
+    )
+
+
 @contextlib.contextmanager
 def _coordinator(run: Run, found: Survey) -> Iterator[CoordinatorAddress | None]:
     """Who hears the guards of all actors, and writes down what happened; no run waits for it or fails for it."""
@@ -127,7 +191,7 @@ def _coordinator(run: Run, found: Survey) -> Iterator[CoordinatorAddress | None]
         yield None
         return
     handle = start_coordinator(
-        folder, min(found.actors, len(run.tasks)), resume="the same command again", label=run.config.store,
+        folder, min(found.actors, len(run.tasks)), resume="the same command again", label=redact(run.config.store),
         goes_on=lambda workers, leaving: True,  # a node that leaves costs the shards in hand, which others do again
     )  # fmt: skip
     try:
@@ -159,29 +223,21 @@ def _outcomes(
 
 def _dataset(tasks: Sequence[ShardTask], found: Survey, beside: tuple[Any, ...]) -> ray.data.Dataset:
     """One small row a shard, through the actors."""
-    resources: dict[str, Any] = _resources(found)
     rows = [{"task": pickle.dumps(task)} for task in tasks]
+    actors = min(found.actors, len(rows))
+    resources: dict[str, Any] = _machines().resources(found.device, actors, found.threads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # of max_restarts, for which Ray has no other name yet
         return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,
             batch_size=1,
             batch_format="numpy",
-            compute=ActorPoolStrategy(size=min(found.actors, len(rows)), max_tasks_in_flight_per_actor=1),
+            compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
             fn_constructor_args=(pickle.dumps(found.job), *beside),
             # Without end by default; bounded so that a worker that dies before it can ask the ledger ends the run, too.
             max_restarts=8 * found.config.max_attempts,
             **resources,
         )
-
-
-def _resources(found: Survey) -> dict[str, float]:
-    """Of one actor. A cluster smaller than what was asked for still gets its actors, on shared cores."""
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    share = {"num_cpus": min(found.threads, there.get("CPU", 1.0) / found.actors)}
-    if found.device == "cuda":
-        share["num_gpus"] = min(1.0, there.get("GPU", 1.0) / found.actors)
-    return share
 
 
 class _Actor:
@@ -230,24 +286,27 @@ def _ray(config: ExtractConfig, found: Survey) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    with contextlib.ExitStack() as stack:
+        scratch = None if address else str(stack.enter_context(scratch_folder()))
+        cpus = found.actors * found.threads + 1
+        with _connected(init_options(address, num_cpus=cpus, temp_dir=scratch)):
+            yield
+
+
+@contextlib.contextmanager
+def _connected(options: dict[str, Any]) -> Iterator[None]:
+    """Ray, as ``ray.init`` takes these options; left at the end."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Of Ray's processes, which call us in a thread: arenas of threads hold some megabytes each, and keep nothing large.
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it narrates its plans; its log files still have them
-    on_term = signal.getsignal(signal.SIGTERM)
-    with contextlib.ExitStack() as stack:
-        scratch = None if address else str(stack.enter_context(scratch_folder()))
-        cpus = found.actors * found.threads + 1
-        ray.init(**init_options(address, num_cpus=cpus, temp_dir=scratch))
-        try:
-            yield
-        finally:
-            # Ray put a handler of its own there, which ends the process on the spot, whatever was sealed and is not
-            # committed yet; ours to undo in the main thread.
-            with contextlib.suppress(ValueError):
-                signal.signal(signal.SIGTERM, on_term)
-            _let_ray_data_end()
-            ray.shutdown()
+    with signals.keeping():  # Ray's own ends the process on the spot, whatever was sealed and is not committed yet
+        ray.init(**options)
+    try:
+        yield
+    finally:
+        _let_ray_data_end()
+        ray.shutdown()
 
 
 def _let_ray_data_end(seconds: float = 60.0) -> None:
@@ -279,12 +338,15 @@ def _signals(run: Run) -> Iterator[None]:
 class _Ticker:
     """A thread beside the driver's loop, which sees nothing between two receipts: progress out, orders to stop in."""
 
-    def __init__(self, run: Run, ledger: Any, progress: Callable[[ExtractProgress], None] | None) -> None:
+    def __init__(
+        self, run: Run, ledger: Any, progress: Callable[[ExtractProgress], None] | None, note: str = ""
+    ) -> None:
         self._run, self._ledger, self._progress = run, ledger, progress
-        self._meter = Meter(run.images_total, run.shards_total)
+        self._meter = Meter(run.images_total, run.shards_total, note=note)
         self._gauges = Gauges(
             lambda name, about, tags: Gauge(name, description=about, tag_keys=tags), run=run.config.store
         )
+        self._figures = Figures(guard_folder(run.config.store))
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
 
@@ -295,6 +357,7 @@ class _Ticker:
         self._end.set()
         self._thread.join()
         self._look()
+        self._figures.close()
 
     def _tick(self) -> None:
         while not self._end.wait(TICK_S):
@@ -310,6 +373,7 @@ class _Ticker:
         self._run.ledger = state
         shown = self._meter.read(state, self._run.shards_sealed)
         self._gauges.set(asdict(shown))
+        self._figures.take(shown)
         if self._progress is not None:
             self._progress(shown)
 

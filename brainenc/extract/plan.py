@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from brainenc.errors import NoSpace
+from brainenc.errors import ExtractionFailed, NoSpace
 from brainenc.extract.config import MAX_ROWS_PER_SHARD
 from brainenc.units import format_bytes, format_seconds
 
@@ -150,12 +150,19 @@ class ExtractPlan:
     """What an extraction will take."""
 
     store: str
+    """Its address without credentials."""
     collections: tuple[CollectionPlan, ...]
     images_left: int
     """Images that have to go through the model; one pass serves all features of a shard."""
     disk_needed_bytes: int
     disk_free_bytes: int | None
     """None: the place does not say (object stores)."""
+    staging: str = ""
+    """Local folder in which shards lie until they are handed over to a remote store or a mount; empty for others."""
+    staging_needed_bytes: int = 0
+    """What the shards take that are in work at the same time."""
+    staging_free_bytes: int | None = None
+    """None: it is on other machines."""
     actors: int
     micro_batch: int
     device: str
@@ -175,17 +182,40 @@ class ExtractPlan:
         return self.startup_s + self.images_left * self.seconds_per_image
 
     def problem(self) -> str:
-        """Why it does not fit on the store's disk, and what to do; empty if it does."""
-        if self.disk_free_bytes is None or not self.disk_needed_bytes:
+        """Why it does not fit, and what to do; empty if it does."""
+        return " ".join(filter(None, (self.disk_problem(), self.memory_problem())))
+
+    def disk_problem(self) -> str:
+        """Why it does not fit on the store's disk, or on the local one on the way there; empty if it does."""
+        problems = []
+        if _exceeds(self.disk_needed_bytes, self.disk_free_bytes):
+            largest = sorted(self.collections, key=lambda c: -c.bytes_left)[:3]
+            listing = ", ".join(f"{c.key} {format_bytes(c.bytes_left)}" for c in largest)
+            problems.append(
+                f"{self.store} has {_size(self.disk_free_bytes)} free, but {format_bytes(self.disk_needed_bytes)} "
+                f"are still to be written ({listing}) and {format_bytes(SPACE_MARGIN)} are to stay free. "
+                "Make space, ask for fewer features, or name a store elsewhere with --store."
+            )
+        if _exceeds(self.staging_needed_bytes, self.staging_free_bytes):
+            problems.append(
+                f"{self.staging} has {_size(self.staging_free_bytes)} free, but shards wait there on their way to "
+                f"{self.store}: {format_bytes(self.staging_needed_bytes)} at the same time with {self.actors} "
+                f"actor(s), and {format_bytes(SPACE_MARGIN)} are to stay free. Make space, set BRAINENC_CACHE to a "
+                "folder on a larger disk, or take a smaller --shard-size, fewer features or fewer --actors."
+            )
+        return " ".join(problems)
+
+    def memory_problem(self) -> str:
+        """Why it does not fit into memory; empty if it does, or nobody measured."""
+        if self.actor_memory_bytes is None or not self.memory_limit_bytes:
             return ""
-        if self.disk_needed_bytes + SPACE_MARGIN <= self.disk_free_bytes:
+        if self.actors * self.actor_memory_bytes <= self.memory_limit_bytes:
             return ""
-        largest = sorted(self.collections, key=lambda c: -c.bytes_left)[:3]
-        listing = ", ".join(f"{c.key} {format_bytes(c.bytes_left)}" for c in largest)
         return (
-            f"{self.store} has {format_bytes(self.disk_free_bytes)} free, but {format_bytes(self.disk_needed_bytes)} "
-            f"are still to be written ({listing}) and {format_bytes(SPACE_MARGIN)} are to stay free. "
-            "Make space, ask for fewer features, or name a store elsewhere with --store."
+            f"{self.actors} actor(s) take {format_bytes(self.actors * self.actor_memory_bytes)} of memory, "
+            f"{format_bytes(self.actor_memory_bytes)} each with {self.micro_batch} images at a time, but "
+            f"{format_bytes(self.memory_limit_bytes)} are the limit here. Take a smaller --batch-size, fewer --actors, "
+            "or a smaller backbone."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,8 +232,13 @@ class ExtractPlan:
                 f"{c.key}: {c.rows} rows of {shape}, {format_bytes(c.bytes_per_image)} an image, "
                 f"{format_bytes(c.bytes_total)} in {c.shards} shards ({state})"
             )
-        free = "unknown" if self.disk_free_bytes is None else format_bytes(self.disk_free_bytes)
+        free = _size(self.disk_free_bytes)
         out.append(f"disk: {format_bytes(self.disk_needed_bytes)} to write, {free} free at {self.store}")
+        if self.staging_needed_bytes:
+            out.append(
+                f"local disk: {format_bytes(self.staging_needed_bytes)} at a time on the way to the store, "
+                f"{_size(self.staging_free_bytes)} free at {self.staging}"
+            )
         if self.actor_memory_bytes is not None:
             limit = f" of {format_bytes(self.memory_limit_bytes)}" if self.memory_limit_bytes else ""
             out.append(
@@ -214,6 +249,21 @@ class ExtractPlan:
             rate = "" if not self.seconds_per_image else f" ({1 / self.seconds_per_image:.3g} images/s)"
             out.append(f"time: {format_seconds(self.seconds)} for {self.images_left} images{rate}")
         return out
+
+
+def _exceeds(needed: int, free: int | None) -> bool:
+    return bool(needed) and free is not None and needed + SPACE_MARGIN > free
+
+
+def _size(n_bytes: int | None) -> str:
+    return "unknown" if n_bytes is None else format_bytes(n_bytes)
+
+
+def bytes_at_once(tasks: Iterable[ShardTask], wanted: Iterable[Wanted], actors: int) -> int:
+    """The most that the shard files take that are half-written at the same time: the largest task of each actor."""
+    row_bytes = {w.key: w.row_bytes for w in wanted}
+    sizes = sorted((t.n_rows * sum(row_bytes[key] for _, key in t.features) for t in tasks), reverse=True)
+    return sum(sizes[:actors])
 
 
 def collection_plans(wanted: Sequence[Wanted], existing: Iterable[str]) -> tuple[CollectionPlan, ...]:
@@ -234,7 +284,9 @@ def check_space(plan: ExtractPlan) -> None:
 
     Raises:
         NoSpace: with what is needed, what is there, and the collections by size.
+        ExtractionFailed: it was measured, and memory is too small.
     """
-    problem = plan.problem()
-    if problem:
+    if problem := plan.disk_problem():
         raise NoSpace(f"{problem} Nothing was started.")
+    if problem := plan.memory_problem():
+        raise ExtractionFailed(f"{problem} Nothing was started.")

@@ -6,22 +6,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from brainenc.addresses import resolve
 from brainenc.errors import BadImages, BrainencError, NotAStore, ProvenanceMismatch
 from brainenc.extract import description as descriptions
 from brainenc.extract.changes import KnownHashes, changed_rows, refuse_changed, suspects
 from brainenc.extract.config import MICRO_BATCH, ExtractConfig, ExtractJob
 from brainenc.extract.description import Description
-from brainenc.extract.devices import device_count, resolve_device, usable_cores
 from brainenc.extract.features import Feature
 from brainenc.extract.images import open_image
-from brainenc.extract.measure import settle_micro_batch
+from brainenc.extract.machines import Machines
 from brainenc.extract.plan import ShardTask, Voucher, Wanted, choose_rows_per_shard, outstanding
 from brainenc.extract.reading import content_hash, image_from_pixels, read_bytes, read_pixels
+from brainenc.extract.site import Here, Site
 from brainenc.extract.sources import list_sources
 from brainenc.featurestore.collection import Collection
 from brainenc.featurestore.dtypes import storage_dtype
@@ -29,8 +28,9 @@ from brainenc.featurestore.recovery import dead_partials
 from brainenc.featurestore.stimuli import StimulusSet
 from brainenc.featurestore.store import FeatureStore, open_store
 
-_FIRST_IMAGES = 64
-"""How many images are tried for one that can be read, when the size of a set's images is wanted."""
+_TRIED_IMAGES = 64
+"""How many images are tried for one that can be read, when the size of a set's images is wanted: the first ones, then
+as many of the others, because broken ones lie together (a copy that was cut short)."""
 _JUST_OPENED_S = 2.0
 """A writer locks its partial microseconds after it made it; this long even where the machine hardly moves."""
 
@@ -81,11 +81,12 @@ class Survey:
         )  # fmt: skip
 
 
-def survey(config: ExtractConfig, *, repeat: bool = False) -> Survey:
+def survey(config: ExtractConfig, *, site: Callable[[], Site] = Here, repeat: bool = False) -> Survey:
     """List the images, load the backbone, and compare with what the store has. Creates nothing.
 
     Args:
         config: what is asked for.
+        site: says where the work will be done, when that matters; by default here.
         repeat: try first what an earlier run has kept of the backbone, which saves loading it if nothing is left to
             do, and keep it for the next.
 
@@ -97,61 +98,72 @@ def survey(config: ExtractConfig, *, repeat: bool = False) -> Survey:
     sets = {s.name: StimulusSet(s.name, s.rows) for s in list_sources(config.sources, merged=_merged_name(config))}
     store = _open(config)
     existing = frozenset(store.keys()) if store else frozenset()
-    if store is not None:
-        for stimuli in sets.values():
-            _compare_stimuli(store, stimuli, existing, check_all=config.check_images)
+    steady = frozenset(
+        name for name, stimuli in sets.items()
+        if store is not None and _compare_stimuli(store, stimuli, existing, check_all=config.check_images)
+    )  # fmt: skip
     if repeat and existing:
-        found = _finished(config, sets, store, existing)
+        found = _finished(config, sets, store, existing, steady)
         if found is not None:
             return found
     description = descriptions.loaded(config)
-    device = resolve_device(config.device, elsewhere=resolve(config.address, command="extract") is not None)
-    found = _compare(config, description, device, sets, store, existing)
+    found = _compare(config, description, site(), sets, store, existing, steady)
     if repeat:
         descriptions.keep(config, description)
     return found
 
 
 def _finished(
-    config: ExtractConfig, sets: Mapping[str, StimulusSet], store: FeatureStore | None, existing: frozenset[str]
-) -> Survey | None:
+    config: ExtractConfig, sets: Mapping[str, StimulusSet], store: FeatureStore | None, existing: frozenset[str],
+    steady: frozenset[str],
+) -> Survey | None:  # fmt: skip
     """The survey, if what is kept of the backbone shows that nothing is left to do."""
     description = descriptions.kept(config)
     if description is None:
         return None
-    device = config.device if config.device != "auto" else "cpu"  # nothing will be computed on it
+    unseen = Here(Machines(nodes=(), cluster=True))  # nothing will be computed: no library is loaded to look for GPUs
     try:
-        found = _compare(config, description, device, sets, store, existing)
+        asked = config.with_(micro_batch=None) if config.micro_batch == "auto" else config  # nor anything measured
+        found = _compare(asked, description, unseen, sets, store, existing, steady)
     except (descriptions.NotKept, BrainencError):  # the backbone itself has the last word
         return None
-    return None if found.tasks else found
+    return None if found.tasks else replace(found, config=config)
 
 
 def _compare(
-    config: ExtractConfig, backbone: Description, device: str, sets: Mapping[str, StimulusSet],
-    store: FeatureStore | None, existing: frozenset[str],
+    config: ExtractConfig, backbone: Description, site: Site, sets: Mapping[str, StimulusSet],
+    store: FeatureStore | None, existing: frozenset[str], steady: frozenset[str],
 ) -> Survey:  # fmt: skip
     features = backbone.features(config.features)
-    actors = config.actors or device_count(device)
-    threads = config.threads or max(1, usable_cores() // actors)
+    machines = site.machines
+    device = machines.device(config.device)
+    actors = config.actors or machines.copies(device)
+    threads = config.threads or machines.threads(device, actors)
     shapes: dict[str, tuple[int, int]] = {}
     wanted: list[Wanted] = []
     identities: dict[str, Mapping[str, Any]] = {}
     details: dict[str, Mapping[str, Any]] = {}
+    settled: dict[tuple[int, int], int] = {}
     for name, stimuli in sets.items():
-        size = _image_size(stimuli)
-        shapes[name] = backbone.input_shape(size)
-        if config.micro_batch == "auto":
-            config = config.with_(micro_batch=_settled(config, device, threads, shapes[name], features, existing))
-        found = _wanted(config, backbone, features, stimuli, size, device, store, existing)
+        there = [k for k in sorted(existing) if k.startswith(f"{name}/{backbone.slug}/")]
+        size = (_kept_image_size(store, there) if store and name in steady else None) or _image_size(stimuli)
+        shape = shapes[name] = backbone.input_shape(size)
+        asked = config
+        if config.micro_batch == "auto" and there:  # a collection keeps its own, and what is added takes that, too
+            asked = config.with_(micro_batch=None)
+        elif config.micro_batch == "auto":
+            if shape not in settled:
+                settled[shape] = _settled(config, site, device, threads, shape, features)
+            asked = config.with_(micro_batch=settled[shape])
+        found = _wanted(asked, backbone, features, stimuli, size, device, store, existing)
         wanted += found
         identities |= {w.key: backbone.identity(Feature.parse(w.feature)) for w in found}
         details |= {w.key: _details(backbone, w, size) for w in found}
     neighbours = [store.collection(k) for k in sorted(existing) if k.split("/")[0] in sets] if store else []
     return Survey(
         config=config, device=device, actors=actors, threads=threads,
-        decode_threads=config.decode_threads or _decode_threads(device, actors), sets=sets, wanted=tuple(wanted),
-        identities=identities, details=details, image_shapes=shapes, existing=existing,
+        decode_threads=config.decode_threads or machines.decode_threads(device, actors), sets=sets,
+        wanted=tuple(wanted), identities=identities, details=details, image_shapes=shapes, existing=existing,
         vouchers=tuple(_voucher(neighbour) for neighbour in neighbours),
         donors=_donors(store, existing, wanted, identities, config.dtype) if config.by_id else {},
     )  # fmt: skip
@@ -221,18 +233,16 @@ def _wanted(
 
 
 def _settled(
-    config: ExtractConfig, device: str, threads: int, image_shape: tuple[int, int], features: Sequence[Feature],
-    existing: frozenset[str],
-) -> int | None:  # fmt: skip
-    """A measured micro-batch; none is needed beside collections that have theirs."""
-    if existing:
-        return None
+    config: ExtractConfig, site: Site, device: str, threads: int, image_shape: tuple[int, int],
+    features: Sequence[Feature],
+) -> int:  # fmt: skip
+    """A measured micro-batch."""
     job = ExtractJob(
         store=config.store, backbone=config.backbone, slug=config.slug, size_policy=config.size_policy,
         image_size=config.image_size, device=device, threads=threads, decode_threads=1, compute=config.compute,
         dtype=config.dtype, on_bad_image=config.on_bad_image,
     )  # fmt: skip
-    return settle_micro_batch(job, image_shape, [str(f) for f in features])
+    return site.settle_micro_batch(job, image_shape, [str(f) for f in features])
 
 
 def _shape_of_work(
@@ -284,17 +294,22 @@ def _same_identity(
         )
 
 
-def _compare_stimuli(store: FeatureStore, found: StimulusSet, existing: frozenset[str], *, check_all: bool) -> None:
+def _compare_stimuli(store: FeatureStore, found: StimulusSet, existing: frozenset[str], *, check_all: bool) -> bool:
+    """Refuse other images; whether the store has the set, and its first image was not even touched since."""
     if found.name not in store.stimuli_names():
-        return
+        return False
     stored = store.stimuli(found.name)
     rows = suspects(stored, found)
+    steady = 0 not in rows[:1]
     if check_all:
         rows = list(range(len(found)))
     if rows:
         collections = [store.collection(k) for k in sorted(existing) if k.split("/")[0] == found.name]
+        for collection in collections:
+            collection.sealed()  # what a crash has left without a receipt, or with a torn one, has one now
         known = KnownHashes(collections)
         refuse_changed(changed_rows(rows, stored, found, known, _hash_now), stored, found)
+    return steady
 
 
 def _donors(
@@ -327,28 +342,53 @@ def _voucher(collection: Collection) -> Voucher:
 
 
 def _hash_now(uri: str) -> str:
+    """Of what lies there.
+
+    Raises:
+        TransferFailed: it could not be read just now, which does not make it another image.
+    """
     try:
         return content_hash(read_bytes(uri))
-    except OSError as error:
+    except (FileNotFoundError, BadImages) as error:
         return f"unreadable: {error}"  # equals no hash
+
+
+def _kept_image_size(store: FeatureStore, keys: Sequence[str]) -> tuple[int, int] | None:
+    """(height, width) of the images that these collections are of, where one of them says so."""
+    for key in keys:
+        size = store.collection(key).details.get("image_size")
+        if isinstance(size, list) and len(size) == 2:
+            return int(size[0]), int(size[1])
+    return None
 
 
 def _image_size(stimuli: StimulusSet) -> tuple[int, int]:
     """(height, width) of the first image that can be read.
 
     Raises:
-        BadImages: none of the first ones can.
+        BadImages: none of those that were tried can: the first ones, and as many spread over the rest.
+        TransferFailed: one could not be read just now, which says nothing about it.
     """
     problems: dict[str, str] = {}
-    for stimulus in stimuli[:_FIRST_IMAGES]:
+    first, rest = range(len(stimuli))[:_TRIED_IMAGES], range(len(stimuli))[_TRIED_IMAGES:]
+    for row in (*first, *rest[:: max(1, -(-len(rest) // _TRIED_IMAGES))]):
+        uri = stimuli[row].uri
         try:
-            pixels = read_pixels(stimulus.uri)
-            image = open_image(read_bytes(stimulus.uri)) if pixels is None else image_from_pixels(pixels)
-        except Exception as error:  # a decoder's: kept, and told if there is no better image
-            problems[stimulus.uri] = f"{type(error).__name__}: {error}"
+            pixels = read_pixels(uri)
+            image = open_image(read_bytes(uri)) if pixels is None else image_from_pixels(pixels)
+        except BadImages as error:  # kept, and told if there is no better image
+            problems[uri] = "; ".join(error.reasons.values())
+            continue
+        except FileNotFoundError as error:
+            problems[uri] = str(error)
             continue
         return image.height, image.width
-    raise BadImages(problems, f"No image of {stimuli.name!r} could be read so far; nothing was started.")
+    tried = "all of them" if len(problems) == len(stimuli) else f"{len(problems)} of its {len(stimuli)} were tried"
+    raise BadImages(
+        problems,
+        f"No image of {stimuli.name!r} could be read ({tried}), and without one nobody knows the size of its rows, so "
+        "nothing was started. Mend or remove them, or name another folder with --images.",
+    )
 
 
 def _open(config: ExtractConfig) -> FeatureStore | None:
@@ -360,8 +400,3 @@ def _open(config: ExtractConfig) -> FeatureStore | None:
 
 def _merged_name(config: ExtractConfig) -> str | None:
     return config.stimuli if config.by_id else None
-
-
-def _decode_threads(device: str, actors: int) -> int:
-    """A CPU model leaves one core to decoding at most; a GPU eats more images than one thread can decode."""
-    return max(1, min(8, usable_cores() // actors - 1)) if device == "cuda" else 1

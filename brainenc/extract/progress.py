@@ -19,11 +19,15 @@ class Meter:
     Args:
         images_total: images that the run has to compute.
         shards_total: shards that it has to seal, per collection.
+        note: said with the first figures.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, images_total: int, shards_total: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, images_total: int, shards_total: int, *, note: str = "", clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._images_total, self._shards_total, self._clock = images_total, shards_total, clock
+        self._note = note
         self._points: deque[tuple[float, int]] = deque()
         self._deaths = 0
 
@@ -35,7 +39,9 @@ class Meter:
         while len(self._points) > 2 and now - self._points[0][0] > WINDOW_S:
             self._points.popleft()
         rate = self._rate()
-        note = f"{len(state.deaths)} worker(s) died and were replaced" if len(state.deaths) > self._deaths else ""
+        note, self._note = self._note, ""
+        if len(state.deaths) > self._deaths:
+            note = f"{len(state.deaths)} worker(s) died and were replaced"
         self._deaths = len(state.deaths)
         limits = [r.limit_bytes for r in state.readings.values() if r.limit_bytes]
         gpus = [r.gpu_fraction for r in state.readings.values() if r.gpu_fraction is not None]

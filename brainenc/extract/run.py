@@ -12,6 +12,7 @@ from brainenc.extract.config import ExtractConfig, ExtractSummary
 from brainenc.extract.outcome import ShardOutcome
 from brainenc.extract.plan import ShardTask, Wanted
 from brainenc.featurestore.collection import Collection
+from brainenc.redact import redact
 from brainenc.units import format_bytes
 
 
@@ -144,7 +145,7 @@ class Run:
         notes = tuple(note for o in self.outcomes for note in o.notes)
         ledger = self.ledger
         return ExtractSummary(
-            store=self.config.store,
+            store=redact(self.config.store),
             keys=tuple(w.key for w in self.wanted),
             images=rows,
             reused=sum(o.reused for o in self.outcomes),
@@ -158,7 +159,7 @@ class Run:
             seconds=time.perf_counter() - self.started,
             images_per_s=rows / working if working > 0 else 0.0,
             peak_worker_bytes=ledger.peak_bytes if ledger else 0,
-            warnings=notes + self._warnings(),
+            warnings=tuple(map(redact, notes + self._warnings())),
         )
 
     def _startup_s(self, working: float) -> float:

@@ -11,7 +11,8 @@ import io
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,17 @@ from typing import Any
 from brainenc.datasets.algonauts import Subject
 from brainenc.errors import DataError, NotASubject, UsageError
 from brainenc.extract.config import Source
-from brainenc.extract.reading import filesystem, hdf5_dataset, hdf5_uri, is_url
+from brainenc.extract.reading import (
+    content_hash,
+    filesystem,
+    hdf5_dataset,
+    hdf5_uri,
+    is_url,
+    read_bytes,
+    url_beside,
+)
 from brainenc.featurestore.stimuli import Stimulus
+from brainenc.redact import bare_address
 
 IMAGE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .jpe .jp2 .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .tga .ico .avif".split()  # noqa: SIM905
@@ -29,6 +39,8 @@ _LISTS = frozenset((".txt", ".csv", ".tsv"))
 _HDF5 = frozenset((".hdf5", ".h5"))
 _NSD = re.compile(r"nsd-(\d+)")
 _SPLITS = {"train": "training_split/training_images", "test": "test_split/test_images"}
+_THREADS = 8
+_SHOWN = 3  # pairs of images spelled out in a message
 _PATH_COLUMNS = ("path", "uri", "url", "file", "filename", "image")
 _STAMPS = ("etag", "ETag", "md5Hash", "generation", "LastModified", "last_modified", "updated", "mtime", "created")
 
@@ -70,7 +82,7 @@ def stimulus_id(relative: str) -> str:
 
 def _list_source(source: Source) -> Iterator[Listing]:
     location = source.location.rstrip("/") or "/"
-    suffix = posixpath.splitext(location)[1].lower()
+    suffix = _suffix(location)
     if source.kind == "subject":
         yield from _subject(location, source.stimuli)
     elif suffix in _HDF5:
@@ -116,11 +128,10 @@ def _files(folder: str) -> Iterator[tuple[str, str, tuple[int | None, str | None
     """(path relative to the folder, URI, (size, stamp)) of every image below it; hidden files are passed over."""
     if is_url(folder):
         fs, root = filesystem(folder)
-        scheme = folder.split("://", 1)[0]
         for path, info in fs.find(root, detail=True).items():
             relative = posixpath.relpath(path, root)
             if _is_image(relative):
-                yield relative, f"{scheme}://{path.lstrip('/')}" if scheme != "file" else path, _remote_stat(info)
+                yield relative, url_beside(folder, path), _remote_stat(info)
         return
     root = os.path.abspath(folder)
     pending = [root]
@@ -145,18 +156,21 @@ def _is_image(relative: str) -> bool:
 
 
 def _list_rows(location: str) -> Iterator[Stimulus]:
-    """A text file with a path or URL a line, or CSV/TSV with a ``path`` column and, if liked, an ``id`` column."""
+    """A text file with a path or URL a line, or CSV/TSV with a ``path`` column and, if liked, an ``id`` column.
+
+    A URL is its image's id without what it is signed with: another signature tomorrow is the same image.
+    """
     text = _read_text(location)
-    here = posixpath.dirname(location) or "."
+    here = posixpath.dirname(_without_query(location)) or "."
     for name, given in _list_entries(text, location):
         uri = name if is_url(name) or os.path.isabs(name) else _join(here, name)
         size, stamp = _stat(uri if is_url(uri) else os.path.abspath(uri), location)
-        identity = given or stimulus_id(posixpath.normpath(name) if not is_url(name) else name)
+        identity = bare_address(given or stimulus_id(bare_address(name) if is_url(name) else posixpath.normpath(name)))
         yield Stimulus(id=identity, uri=uri if is_url(uri) else os.path.abspath(uri), size=size, stamp=stamp)
 
 
 def _list_entries(text: str, location: str) -> Iterator[tuple[str, str | None]]:
-    suffix = posixpath.splitext(location)[1].lower()
+    suffix = _suffix(location)
     if suffix == ".txt":
         yield from ((line.strip(), None) for line in text.splitlines() if line.strip())
         return
@@ -208,15 +222,49 @@ def _checked(rows: Iterable[Stimulus], location: str) -> tuple[Stimulus, ...]:
 
 
 def _merge(name: str, listings: Iterable[Listing]) -> Listing:
+    """One row for each id.
+
+    Raises:
+        DataError: two images of one id differ.
+        TransferFailed: one of them could not be read, so that nobody knows.
+    """
     rows: dict[str, Stimulus] = {}
+    pairs: list[tuple[Stimulus, Stimulus]] = []
     for row in (row for listing in listings for row in listing.rows):
         known = rows.setdefault(row.id, row)
-        if None not in (known.size, row.size) and known.size != row.size:
-            raise DataError(
-                f"{known.uri} ({known.size} bytes) and {row.uri} ({row.size} bytes) both are the stimulus {row.id!r}, "
-                "but they differ, so they cannot share a row. Extract them as separate sets, without --by-id."
-            )
+        if known.uri != row.uri:
+            pairs.append((known, row))
+    sizes = [pair for pair in pairs if None not in (pair[0].size, pair[1].size) and pair[0].size != pair[1].size]
+    _refuse_unlike(sizes or _of_other_content(pairs))  # a glance first: contents are read only where sizes agree
     return Listing(name=name, rows=tuple(sorted(rows.values(), key=lambda row: row.id)))
+
+
+def _of_other_content(pairs: Sequence[tuple[Stimulus, Stimulus]]) -> list[tuple[Stimulus, Stimulus]]:
+    """Pairs whose bytes differ. Each image is read once; reading waits for disks and networks, hence the threads."""
+    uris = list({stimulus.uri: None for pair in pairs for stimulus in pair})
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as pool:
+        hashes = dict(zip(uris, pool.map(_content, uris), strict=True))
+    return [(one, other) for one, other in pairs if hashes[one.uri] != hashes[other.uri]]
+
+
+def _content(uri: str) -> str:
+    try:
+        return content_hash(read_bytes(uri))
+    except FileNotFoundError:
+        raise DataError(f"{uri} was listed, and is gone now. The same command lists the images again.") from None
+
+
+def _refuse_unlike(pairs: Sequence[tuple[Stimulus, Stimulus]]) -> None:
+    if pairs:
+        shown = "; ".join(
+            f"{one.uri} ({one.size} bytes) and {other.uri} ({other.size} bytes) both are the stimulus {one.id!r}"
+            for one, other in pairs[:_SHOWN]
+        )
+        raise DataError(
+            f"{len(pairs)} image(s) have the id of another image, but other content, so they cannot share a row: "
+            f"{shown}{' ...' if len(pairs) > _SHOWN else ''}. Extract the sources as separate sets: leave out "
+            "--stimuli, and keep --by-id to have equal images computed once."
+        )
 
 
 def _stimulus(relative: str, uri: str, stat: tuple[int | None, str | None]) -> Stimulus:
@@ -229,9 +277,9 @@ def _stat(uri: str, named_in: str) -> tuple[int | None, str | None]:
             fs, path = filesystem(uri)
             return _remote_stat(fs.info(path))
         stat = os.stat(uri)
-    except FileNotFoundError as error:
+    except FileNotFoundError:  # without it as the cause: a traceback would quote the address with its keys
         where = "" if uri == named_in else f", named in {named_in},"
-        raise DataError(f"{uri}{where} does not exist.") from error
+        raise DataError(f"{uri}{where} does not exist.") from None
     return stat.st_size, str(stat.st_mtime_ns)
 
 
@@ -247,12 +295,21 @@ def _read_text(location: str) -> str:
             fs, path = filesystem(location)
             return str(fs.cat_file(path).decode("utf-8-sig"))
         return Path(location).read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError(f"The list of images {location} does not exist.") from error
+    except FileNotFoundError:
+        raise DataError(f"The list of images {location} does not exist.") from None
 
 
 def _join(folder: str, name: str) -> str:
     return posixpath.join(folder, name)
+
+
+def _suffix(location: str) -> str:
+    return posixpath.splitext(_without_query(location))[1].lower()
+
+
+def _without_query(location: str) -> str:
+    """A URL up to its query, such as a signature; a local path may hold a question mark."""
+    return location.partition("?")[0] if is_url(location) else location
 
 
 def _stem(location: str) -> str:
@@ -261,5 +318,5 @@ def _stem(location: str) -> str:
 
 def _folder_name(location: str) -> str:
     if is_url(location):
-        return posixpath.basename(location.rstrip("/"))
+        return posixpath.basename(_without_query(bare_address(location)).rstrip("/"))
     return Path(os.path.abspath(location)).name

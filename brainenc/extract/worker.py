@@ -23,6 +23,7 @@ from brainenc.extract.plan import ShardTask
 from brainenc.guard.messages import NullGuard, StepGuard
 from brainenc.guard.probe import Probe, anonymous_bytes
 from brainenc.guard.worker import Link, WorkerGuard, WorkerGuardConfig
+from brainenc.redact import redact
 
 SAMPLE_S = 0.1
 REPORT_S = 1.0
@@ -135,7 +136,7 @@ class Worker:
         order = self.guard.pending()
         if order is not None and order.kind == "stop" and order.id != self._answered and not self._at_work:
             self._answered = order.id
-            self.guard.saved(path=self._job.store, step=self._reading.rows, epoch=0)
+            self.guard.saved(path=redact(self._job.store), step=self._reading.rows, epoch=0)
 
     def _before_batch(self, rows: int, micro_batch: int) -> None:
         """Told before each pass: if it is this worker's last, the ledger knows how large it was."""

@@ -36,9 +36,9 @@ def cluster(tmp_path, monkeypatch):
 
 
 def add_node(cluster, scratch: Path, **resources):
-    """A raylet whose processes have a temporary folder of their own."""
+    """A raylet whose processes have a temporary folder and a cache of their own, as on a machine of its own."""
     scratch.mkdir(parents=True)
-    own = {"TMPDIR": str(scratch), "NODE_DISK": str(scratch)}
+    own = {"TMPDIR": str(scratch), "NODE_DISK": str(scratch), "BRAINENC_CACHE": str(scratch / "cache")}
     return cluster.add_node(object_store_memory=100_000_000, env_vars=own, include_dashboard=False, **resources)
 
 

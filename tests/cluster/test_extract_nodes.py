@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -112,6 +113,56 @@ def test_shards_wait_on_the_nodes_disks_and_are_moved_at_the_end(cluster, pictur
     assert not waiting("head")
     opened = open_store(store)
     assert [len(opened[key]) for key in opened] == [120, 120]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 1)])
+def test_without_options_a_copy_fits_the_largest_node(cluster, pictures, miniature, tmp_path, sizes):
+    """Whatever cores the driver's own machine has, and all nodes together."""
+    for number, cpus in enumerate(sizes):
+        add_node(cluster, tmp_path / "scratch" / str(number), num_cpus=cpus)
+    store = tmp_path / "store"
+    what = ["--images", pictures, "--store", store, "--backbone", miniature, "--feature", "3.token", "--json"]
+
+    out = run("extract", *what, "--batch-size", "auto", "--address", cluster.address)
+
+    assert json.loads(out.splitlines()[-1])["images"] == 120
+    assert open_store(store).collection("pictures/mini/3.token").receipt(0).environment["threads"] == max(sizes)
+
+
+def test_a_plan_is_made_for_the_nodes(cluster, pictures, miniature, tmp_path):
+    add_node(cluster, tmp_path / "scratch" / "large", num_cpus=2)
+    what = ["--images", pictures, "--store", tmp_path / "store", "--backbone", miniature, "--feature", "3.token"]
+
+    out = run("plan", *what, "--actors", 3, "--json", "--address", cluster.address)
+
+    plan = json.loads(out.splitlines()[-1])
+    assert (plan["actors"], plan["device"], plan["images_left"]) == (3, "cpu", 120)
+    assert 0 < plan["seconds_per_image"] < 5
+    assert not (tmp_path / "store").exists()
+
+
+LEDGERS = """
+import sys, ray
+from brainenc.extract.pipeline import start_ledger
+
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+ledgers = [start_ledger(3, 2) for _ in range(6)]
+where = [ray.get(each.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())) for each in ledgers]
+print(*sorted(set(where)), ray.get_runtime_context().get_node_id())
+"""
+
+
+def test_the_ledger_is_on_the_drivers_own_node(cluster, tmp_path):
+    """With any other node, the account of what was tried would be lost, and the run with it."""
+    for name in ("a", "b"):
+        add_node(cluster, tmp_path / "scratch" / name, num_cpus=2)
+
+    done = subprocess.run(
+        [sys.executable, "-c", LEDGERS, cluster.address], capture_output=True, text=True, timeout=120, check=True
+    )
+
+    ledgers, driver = done.stdout.split()
+    assert ledgers == driver
 
 
 def test_ray_client_is_refused_before_anything_starts(pictures, miniature, tmp_path):

@@ -1,5 +1,6 @@
 """One worker's shard: equal to a plain reference, one decode and one pass, nothing lost when memory or images fail."""
 
+import errno
 import json
 import resource
 import subprocess
@@ -17,11 +18,13 @@ from brainenc.extract.config import ExtractConfig, Source
 from brainenc.extract.extractor import Extractor
 from brainenc.extract.features import Feature
 from brainenc.extract.images import open_image
-from brainenc.extract.miniature import save_miniature
+from brainenc.extract.miniature import backbone_string, kinds, save_miniature
 from brainenc.extract.prepare import create, survey
+from brainenc.featurestore.collection import Collection
 from brainenc.featurestore.store import open_store
 from brainenc.guard.messages import NullGuard, Order
 from tests.extract.conftest import draw_image, save_images
+from tests.extract.reference import record
 
 
 def configured(store, images, backbone, features=("3.q", "3.token"), **more) -> ExtractConfig:
@@ -66,6 +69,33 @@ def test_stored_features_equal_a_plain_loop(tmp_path, miniature, pictures, dtype
         expected = reference(miniature, pictures, feature)
         np.testing.assert_allclose(np.asarray(view[:], np.float32), expected, rtol=tolerance, atol=tolerance)
         assert view.ids == [f"nsd-{n * 3:05d}" for n in range(45)]
+
+
+SMALL = {"timm": {"model": "test_vit"}}
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_every_family_is_stored_as_its_library_computes_it(tmp_path, kind):
+    """To float16 rounding: each image alone through the library's own model, blocks watched by plain hooks."""
+    torch.set_num_threads(1)
+    images = save_images(tmp_path / "set", 6, size=64)
+    backbone = backbone_string(kind, save_miniature(kind, tmp_path / kind, seed=2, **SMALL.get(kind, {})))
+    model = load_backbone(backbone)
+    modules = model.info.blocks
+    blocks = {f"{n if model.info.numbered else name}.token": name for n, name in enumerate(modules)}
+
+    _, store = run(configured(tmp_path / "s", images, backbone, tuple(blocks), rows_per_shard=4))
+
+    views = {feature: store[f"set/{model.info.slug}/{feature}"] for feature in blocks}
+    for row, path in enumerate(sorted(images.iterdir())):
+        pixels = model.preprocess(open_image(path))[None]
+        seen = record(model.network.model, blocks.values(), lambda pixels=pixels: model.network.run(pixels))
+        for feature, name in blocks.items():
+            plain = seen[name].gave
+            stored = np.asarray(views[feature][row], np.float32)
+            expected = (plain[0].flatten(1).T if plain.ndim == 4 else plain.reshape(stored.shape)).numpy()
+            rounding = 2.0**-11 * np.abs(expected) + 2e-5 * np.abs(expected).max()
+            assert (np.abs(stored - expected) <= rounding).all(), (feature, row)
 
 
 def test_rows_say_what_they_are(tmp_path, miniature, pictures):
@@ -150,6 +180,30 @@ class Memoryless(Counting):
             self.passes.append(-len(batch))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return super().forward(batch, features, **how)
+
+
+class Unmapped:
+    """Pages for the features of two images, and no more."""
+
+    def __init__(self, buffers):
+        self._buffers = buffers
+
+    def take(self, rows, row_shapes):
+        if rows > 2:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return self._buffers.take(rows, row_shapes)
+
+
+def test_no_pages_for_features_halve_the_micro_batch_too(tmp_path, miniature, pictures):
+    found = survey(configured(tmp_path / "s", pictures, miniature))
+    create(found)
+    extractor = Extractor(found.job)
+    extractor._outputs = Unmapped(extractor._outputs)
+
+    outcomes = [extractor.extract(task) for task in found.tasks[:2]]
+    extractor.close()
+
+    assert [(o.status, o.rows, o.micro_batch) for o in outcomes] == [("sealed", 8, 2)] * 2
 
 
 def test_out_of_memory_halves_the_micro_batch_for_good_and_loses_no_row(tmp_path, miniature, pictures):
@@ -294,6 +348,44 @@ def test_an_image_replaced_between_two_layers_is_noticed_by_its_content(tmp_path
     assert outcome.status == "failed"
     assert isinstance(outcome.error, StimuliChanged)
     assert str(victim) in str(outcome.error)
+
+
+def test_a_layer_added_later_reads_one_receipt_a_shard(tmp_path, miniature, pictures, monkeypatch):
+    """And mends nothing: a worker beside others has no business there."""
+    run(configured(tmp_path / "s", pictures, miniature, features=("3.q",)))
+    found = survey(configured(tmp_path / "s", pictures, miniature, features=("2.q",)))
+    create(found)
+    read, receipt = [], Collection.receipt
+
+    def counted(self, shard):
+        read.append((self.key, shard))
+        return receipt(self, shard)
+
+    monkeypatch.setattr(Collection, "receipt", counted)
+    monkeypatch.setattr(Collection, "sealed", lambda self: pytest.fail("a worker looked through all receipts"))
+    extractor = Extractor(found.job)
+    outcomes = [extractor.extract(task) for task in found.tasks]
+    extractor.close()
+
+    assert {o.status for o in outcomes} == {"sealed"}
+    assert sorted(read) == [("pictures/mini/3.q", shard) for shard in range(6)]
+
+
+def test_copied_rows_read_only_the_receipts_that_have_them(tmp_path, miniature, pictures, monkeypatch):
+    run(configured(tmp_path / "s", pictures, miniature, features=("3.q",)))
+    found = survey(
+        configured(tmp_path / "s", save_images(tmp_path / "mine", 4), miniature, features=("3.q",), by_id=True)
+    )
+    create(found)
+    read, receipt = [], Collection.receipt
+    monkeypatch.setattr(Collection, "receipt", lambda self, shard: read.append(shard) or receipt(self, shard))
+    monkeypatch.setattr(Collection, "sealed", lambda self: pytest.fail("a worker looked through all receipts"))
+    extractor = Extractor(found.job)
+    outcomes = [extractor.extract(task) for task in found.tasks]
+    extractor.close()
+
+    assert [(o.status, o.reused) for o in outcomes] == [("sealed", 4)]
+    assert set(read) == {0}
 
 
 def test_a_value_that_float16_cannot_hold_is_an_error_with_the_image_and_the_way_out(tmp_path, miniature, pictures):

@@ -120,6 +120,28 @@ def test_damaged_metadata_leaves_whole_pixels():
     assert pixels(data).shape == (40, 60, 3)
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_tiff_is_turned_upright_like_any_other(orientation):
+    """Orientation is a tag of TIFF itself, which EXIF took over."""
+    upright = gradient(40, 60)
+    stored = Image.fromarray(upright)
+    inverse = {3: "ROTATE_180", 6: "ROTATE_90", 8: "ROTATE_270"}
+    if orientation > 1:
+        stored = stored.transpose(Image.Transpose[inverse[orientation]])
+    assert np.array_equal(pixels(saved(stored, "TIFF", tiffinfo={0x0112: orientation})), upright)
+
+
+def test_sixteen_bit_colour_keeps_the_high_byte():
+    """Pillow reads 16-bit colour as 8 bit a channel: 0xABCD is 0xAB."""
+    values = np.array([[[0xABCD, 0x0100, 0x00FF], [0xFFFF, 0x8000, 0x7FFF]]], ">u2")
+    body = b"".join(b"\0" + line.tobytes() for line in values)
+    data = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+    )  # fmt: skip
+    assert pixels(data)[0].tolist() == [[0xAB, 0x01, 0x00], [0xFF, 0x80, 0x7F]]
+
+
 def test_the_first_frame_of_several():
     """Of an animation the first picture is taken."""
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
@@ -150,12 +172,13 @@ def test_what_is_no_image_is_refused_with_its_name(data, why, tmp_path):
     assert str(path) in str(caught.value)
 
 
+def chunk(kind, body):
+    """One part of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def png_claiming(width, height):
     """A whole, tiny PNG whose header claims a size: what decompression bombs look like before they are inflated."""
-
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")

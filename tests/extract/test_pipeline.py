@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 
+from brainenc import records
 from brainenc.errors import BadImages, ExtractionFailed, NoSpace, ProvenanceMismatch, StimuliChanged, StoppedSafely
 from brainenc.extract import driver
 from brainenc.extract.config import Source
@@ -99,6 +100,9 @@ def test_a_store_made_by_two_actors_is_byte_equal_to_one_made_without(tmp_path, 
     guarded = read_history(guard_folder(str(tmp_path / "s"))).workers
     assert [(w["role"], w["level"], w["leaving"]) for w in guarded.values()] == 2 * [("extract", "ok", "ended")]
     assert sum(w["step"] for w in guarded.values()) <= 96
+    *_, last = records.read(guard_folder(str(tmp_path / "s")) / "metrics.jsonl")
+    assert (last["images_done"], last["shards_sealed"], last["retries"]) == (96, 36, 0)
+    assert last["memory_bytes"] > 50 << 20
 
 
 def test_done_work_is_not_scheduled_and_its_images_are_not_read(tmp_path, miniature, pictures):

@@ -1,20 +1,26 @@
 """What is left to do, and whether it fits: pure decisions."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainenc.errors import NoSpace
+from brainenc.errors import ExtractionFailed, NoSpace
+from brainenc.extract.estimate import plan_of
 from brainenc.extract.plan import (
     ExtractPlan,
     Voucher,
     Wanted,
+    bytes_at_once,
     check_space,
     choose_rows_per_shard,
     collection_plans,
     outstanding,
     shard_rows,
 )  # fmt: skip
+from brainenc.extract.prepare import survey
+from tests.extract.test_extractor import configured
 
 
 def wanted(feature="3.q", *, n_rows=100, rows_per_shard=16, micro_batch=8, sealed=(), row_bytes=1000, stimuli="set"):
@@ -115,3 +121,51 @@ def test_a_plan_is_read_by_people_and_by_programs():
     assert "disk: 1 GB to write, 2 GB free" in text
     assert "1 min for 100 images (2 images/s)" in text
     assert plan(10**9, None).to_dict()["seconds"] == 60.0
+
+
+STAGED = {"staging": "/cache", "staging_needed_bytes": 10**9}
+
+
+def test_shards_on_their_way_to_a_remote_store_need_room_on_the_local_disk():
+    small = replace(plan(10**9, None), **STAGED, staging_free_bytes=10**8, store="gs://lab/features")
+
+    with pytest.raises(NoSpace, match=r"/cache has 100 MB free.*gs://lab/features: 1 GB.*BRAINENC_CACHE"):
+        check_space(small)
+    assert "local disk: 1 GB at a time on the way to the store, 100 MB free at /cache" in small.lines()
+    for free in (2 * 10**9, None):
+        check_space(replace(small, staging_free_bytes=free))
+    assert not any("local disk" in line for line in plan(10**9, None).lines())
+
+
+def test_the_most_at_once_is_the_largest_task_of_each_actor():
+    found = [wanted("0.q", n_rows=40, row_bytes=10), wanted("1.q", n_rows=40, row_bytes=100, sealed=[0])]
+    tasks = outstanding(found)
+
+    assert [bytes_at_once(tasks, found, actors) for actors in (1, 2, 9)] == [1760, 2640, 2800]
+
+
+def test_memory_that_was_measured_and_is_too_small_is_refused_with_the_way_out():
+    measured = replace(plan(10**6, 10**12), actors=4, actor_memory_bytes=3 * 10**9, memory_limit_bytes=10**10)
+
+    assert "4 actor(s) take 12 GB" in measured.problem()
+    assert "10 GB are the limit" in measured.problem()
+    with pytest.raises(ExtractionFailed, match=r"--batch-size.*Nothing was started"):
+        check_space(measured)
+    for fits in ({"actors": 3}, {"actor_memory_bytes": None}, {"memory_limit_bytes": None}):
+        assert replace(measured, **fits).problem() == ""
+
+
+def test_a_store_says_where_its_room_is_however_it_is_written(tmp_path, miniature, pictures, monkeypatch):
+    """A file URL is a folder; what is staged needs room in the cache folder, too."""
+    monkeypatch.setenv("BRAINENC_CACHE", str(tmp_path / "cache"))
+    config = configured(f"file://{tmp_path}/s", pictures, miniature, features=("3.q",), actors=2)
+    whole = 45 * 65 * 48 * 2
+
+    direct = plan_of(survey(config))
+    assert (direct.disk_needed_bytes, direct.staging_needed_bytes) == (whole, 0)
+    assert direct.disk_free_bytes > 0
+
+    staged = plan_of(survey(config.with_(stage=True)))
+    assert (staged.disk_needed_bytes, staged.staging_needed_bytes) == (whole, 16 * 65 * 48 * 2)
+    assert staged.staging == str(tmp_path / "cache")
+    assert staged.staging_free_bytes > 0

@@ -5,16 +5,19 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from brainenc.errors import ProvenanceMismatch
+from brainenc.errors import BadImages, ProvenanceMismatch
 from brainenc.extract import backbone as backbones
-from brainenc.extract import driver
+from brainenc.extract import driver, prepare
 from brainenc.extract.description import backbone_files
 from brainenc.extract.extractor import Extractor
+from brainenc.extract.machines import Machines, Node
 from brainenc.extract.miniature import save_miniature
 from brainenc.extract.prepare import create, survey
+from brainenc.extract.site import Here
 from brainenc.featurestore.places.scratch import cache_root
 from tests.extract.conftest import save_images
 from tests.extract.test_extractor import configured
@@ -157,3 +160,75 @@ def test_files_of_a_backbone(tmp_path, monkeypatch):
     assert backbone_files("open_clip:ViT-L-14/openai") is None
     (snapshot.parents[1] / "refs" / "main").write_text("../../../elsewhere")
     assert backbone_files("facebook/dinov2-base") is None
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Addresses of the images that planning decodes."""
+    seen, read = [], prepare.read_bytes
+    monkeypatch.setattr(prepare, "read_bytes", lambda uri: seen.append(uri) or read(uri))
+    return seen
+
+
+def test_images_are_not_read_again_when_all_is_done_or_a_layer_is_added(finished, decoded):
+    found = survey(finished, repeat=True)
+    more = survey(finished.with_(features=("2.k",)))
+
+    assert decoded == []
+    assert found.image_shapes == more.image_shapes == {"set": (112, 112)}
+    assert {d["image_size"][0] for d in more.details.values()} == {112}
+
+
+def test_the_first_image_is_read_when_it_was_touched_and_for_another_backbone(finished, decoded):
+    survey(finished.with_(slug="other"))
+    assert len(decoded) == 1
+
+    first = sorted(Path(finished.sources[0].location).iterdir())[0]
+    first.write_bytes(first.read_bytes())
+    survey(finished)
+    assert decoded[1:] == [str(first)] * 2  # compared by its content, then decoded
+
+
+def test_a_set_whose_first_images_are_broken_goes_on_to_the_others(tmp_path, miniature):
+    images = save_images(tmp_path / "cut", 70, size=28)
+    for path in sorted(images.iterdir())[:65]:
+        path.write_bytes(b"cut")
+
+    assert survey(configured(tmp_path / "s", images, miniature)).image_shapes == {"cut": (28, 28)}
+
+
+def test_a_set_without_any_image_that_can_be_read_says_how_many_were_tried(tmp_path, miniature):
+    for count, said in ((3, "all of them"), (200, "110 of its 200 were tried")):
+        images = tmp_path / f"bad{count}"
+        images.mkdir()
+        for n in range(count):
+            (images / f"{n:03d}.png").write_bytes(b"nothing")
+
+        with pytest.raises(BadImages, match=said) as caught:
+            survey(configured(tmp_path / "s", images, miniature))
+        assert all("not an image" in why for why in caught.value.reasons.values())
+
+
+class Weighed(Here):
+    """A site whose measurement always says 2, and counts."""
+
+    def __init__(self):
+        super().__init__(Machines((Node(2.0),)))
+        self.measured = []
+
+    def settle_micro_batch(self, job, image_shape, features):
+        self.measured.append(image_shape)
+        return 2
+
+
+def test_a_measured_batch_size_is_not_lost_to_other_collections(finished, tmp_path):
+    """Of the same store: other images, or another backbone. What a collection was made with, it keeps."""
+    site, auto = Weighed(), finished.with_(micro_batch="auto")
+    others = dataclasses.replace(auto.sources[0], location=str(save_images(tmp_path / "others", 5)))
+
+    assert {w.micro_batch for w in survey(auto, site=lambda: site).wanted} == {4}
+    assert site.measured == []
+    assert {w.micro_batch for w in survey(auto.with_(slug="other"), site=lambda: site).wanted} == {2}
+    found = survey(auto.with_(sources=(*auto.sources, others)), site=lambda: site, repeat=True)
+    assert {w.stimuli: w.micro_batch for w in found.wanted} == {"set": 4, "others": 2}
+    assert len(site.measured) == 2

@@ -6,6 +6,7 @@ import fsspec
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
 from brainenc.datasets.layout import stimulus_id as subject_id
 from brainenc.errors import DataError, NotASubject, UsageError
@@ -171,3 +172,27 @@ def test_subjects_do_not_share_rows_of_different_images(tmp_path):
 
     with pytest.raises(DataError, match="nsd-00000"):
         listed(Source(location=str(tmp_path / "a")), Source(location=str(tmp_path / "b")), merged="all")
+
+
+def test_equal_sizes_are_not_taken_for_equal_images(tmp_path):
+    """Uncompressed files of one camera all have one size."""
+    for name, colour in (("a", "red"), ("b", "blue"), ("c", "red")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name / "nsd-00007.bmp")
+    folders = {name: Source(location=str(tmp_path / name)) for name in "abc"}
+
+    with pytest.raises(DataError, match=r"1 image\(s\).*/a/nsd-00007.*/b/nsd-00007.*separate sets"):
+        listed(folders["a"], folders["b"], merged="all")
+    (merged,) = listed(folders["a"], folders["c"], merged="all")
+    assert [row.id for row in merged.rows] == ["nsd-00007"]
+
+
+def test_links_to_images_are_images_and_links_to_folders_are_passed_over(tmp_path):
+    save_images(tmp_path / "elsewhere", 2)
+    save_images(tmp_path / "set", 1)
+    (tmp_path / "set" / "folder").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "more.png").symlink_to(sorted((tmp_path / "elsewhere").iterdir())[1])
+
+    (found,) = listed(Source(location=str(tmp_path / "set")))
+
+    assert [row.id for row in found.rows] == ["more.png", "nsd-00000"]

@@ -24,7 +24,10 @@ def processor_of(name: str, config: Any, kind: str) -> Preprocessing:
     import transformers
 
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
+        # A checkpoint's own code is never run; left unsaid, transformers would ask on the terminal.
+        processor = transformers.AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            name, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError):  # a folder without preprocessor_config.json
         mean, std = _STATISTICS.get(kind, HALF)
         edge = edge_of(getattr(config, "image_size", None)) or 224

@@ -89,7 +89,9 @@ def _load_model(name: str) -> tuple[nn.Module, frozenset[str]]:
 
     try:
         with no_progress_bars():
-            model, report = transformers.AutoModel.from_pretrained(name, output_loading_info=True)
+            model, report = transformers.AutoModel.from_pretrained(
+                name, output_loading_info=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError) as error:
         raise _unknown(name, error) from error
     if getattr(model.config, "mask_ratio", None):
