@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from brainenc.addresses import resolve
 from brainenc.cli.progress import Progress
 from brainenc.cli.train_options import absolute, config_from, given_fields, split_source, train_options
 from brainenc.errors import UsageError
+from brainenc.redact import redact
 
 if TYPE_CHECKING:  # torch takes seconds, which `--help` need not wait for
     from brainenc.train.config import TrainConfig
@@ -36,6 +38,7 @@ def command(as_json: bool, resume_run: str | None, **options: Any) -> int:
     Exit code 75 means stopped safely: the same command, or `--resume RUN`, goes on from there.
     """
     given, source = split_source(given_fields(options))
+    resolve(given.get("address"), command="train")  # refuse what cannot be joined before a run folder is touched
     run = resume_run or given.get("out")
     if resume_run is not None and "out" in given:
         raise UsageError(f"--resume {resume_run} goes on in its own folder: leave out --out {given['out']}.")
@@ -51,10 +54,10 @@ def command(as_json: bool, resume_run: str | None, **options: Any) -> int:
         else:
             result = _resume(folder["out"], given, source, shown, banner)
     if run:
-        result = replace(result, run_folder=absolute(run))
+        result = replace(result, run_folder=redact(absolute(run)))
     if result.checkpoint and not as_json:
         click.echo(_emergency(result), err=True)
-    click.echo(json.dumps(_plain(result)) if as_json else _summary(result))
+    click.echo(json.dumps(_plain(result)) if as_json else _summary(result, given.get("address")))
     if result.error is not None:
         raise result.error
     return int(result.exit_code)
@@ -175,12 +178,12 @@ def _plain(result: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _summary(result: Any) -> str:
+def _summary(result: Any, address: str | None) -> str:
     if result.status == "done":
         best = "not known" if result.val_perf is None else f"{result.val_perf:.4f}"
         return f"{result.run_folder}: done, {result.step} steps, best val_perf {best}."
     where = f", saved in {result.checkpoint}" if result.checkpoint else ""
     return (
         f"{result.run_folder}: {result.status} at epoch {result.epoch}, step {result.step} ({result.reason}){where}. "
-        f"Go on with: brainenc train --resume {result.run_folder}"
+        f"Go on with: brainenc train --resume {result.run_folder}" + (f" --address {address}" if address else "")
     )

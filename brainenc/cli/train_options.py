@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from brainenc.errors import UsageError
+from brainenc.redact import redact
 from brainenc.units import parse_seconds
 
 _OF_THE_ENCODER = ("encoder", "readout", "hidden", "n_heads", "n_decoder_layers", "feedforward", "dropout")
@@ -53,17 +54,26 @@ _OPTIONS = [
     click.option("--seed", type=int, help="[default: 0]"),
     click.option("--split", metavar="idxs.npy", help="Reproduce a split: image numbers, those for training first."),
     click.option("--shuffle-responses", is_flag=True, default=None, help="Control: each image gets another's."),
-    click.option("--workers", metavar="N|MIN:MAX", help="0: in this process, without Ray.  [default: GPUs, else 1]"),
+    click.option(
+        "--workers", metavar="N|MIN:MAX",
+        help="0: in this process, without Ray.  [default: the GPUs here, or of the cluster; else 1]",
+    ),
     click.option("--device", help="auto, cpu, cuda.  [default: auto]"),
     click.option("--precision", type=click.Choice(["float32", "bfloat16"]), help="[default: float32]"),
     click.option("--compile", "compile_", is_flag=True, default=None, help="torch.compile forward and loss."),
     click.option("--threads", type=int, help="CPU threads of a worker; by default its share of the cores."),
-    click.option("--address", help="Ray cluster to join: auto or host:port; else one is started for the run."),
+    click.option(
+        "--address",
+        help="Ray cluster to join: auto or host:port; else one is started for the run. With --resume give it again.",
+    ),
     click.option("--max-failures", type=int, help="Worker failures survived; -1: any number.  [default: 3]"),
     click.option("--keep", type=int, help="Checkpoints kept beside the best.  [default: 2]"),
     click.option("--checkpoint-every", "checkpoint_every_s", metavar="TIME", help="[default: 5min, and each epoch]"),
     click.option("--snapshot-every", "snapshot_every_s", metavar="TIME", help="0: none.  [default: 20s]"),
-    click.option("--snapshot-dir", metavar="DIR", help="Local disk for snapshots.  [default: RUN/.snapshots]"),
+    click.option(
+        "--snapshot-dir", metavar="DIR",
+        help="For snapshots, on each machine's own disk where RUN is on a shared one.  [default: RUN/.snapshots]",
+    ),
     click.option("--tracker", "trackers", multiple=True, help="tensorboard, wandb; beside metrics.jsonl."),
     click.option("--ram", metavar="WARN,CRITICAL", help="Guard: fractions of memory.  [default: 0.85,0.88]"),
     click.option("--gpu", metavar="WARN,CRITICAL", help="Guard: fractions of GPU memory.  [default: 0.90,0.92]"),
@@ -103,7 +113,7 @@ def given_fields(options: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     given, said = _modern(given)
     if said:
-        click.echo(f"brainenc: these flags are old; today's are {' '.join(said)}", err=True)
+        click.echo(f"brainenc: these flags are old; today's are {redact(' '.join(said))}", err=True)
     if "compile_" in given:
         given["compile"] = given.pop("compile_")
     for name in ("subject_dir", "store", "out", "split", "snapshot_dir"):

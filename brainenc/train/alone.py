@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 
 from brainenc.guard import signals
 from brainenc.guard.messages import StepGuard
 from brainenc.train.config import TrainConfig
 from brainenc.train.drills import Drills, Planned
 from brainenc.train.fitting import Outcome
-from brainenc.train.follow import Note, Progress
+from brainenc.train.follow import Note, Progress, following_guard
 from brainenc.train.inputs import OpenViews
 from brainenc.train.orders import FolderOrders, Hearing, SignalOrders
 from brainenc.train.run_folder import RunFolder
@@ -30,13 +31,14 @@ def train_alone(config: TrainConfig, views: OpenViews, progress: Progress, note:
         around = Surroundings(
             team=Solo(), device=torch.device(wanted), open_views=views, on_record=progress, on_note=note, relief=relief,
             guard=Hearing(guard, [asked, FolderOrders(folder)]), threads=config.threads,
-            drill=make_drills(config, guard, os.getpid()),
+            drill=make_drills(config, guard, os.getpid(), socket.gethostname()),
         )  # fmt: skip
-        with signals.asked_to_stop(asked.ask):
+        with signals.asked_to_stop(asked.ask), following_guard(folder, note):
             return work(config, around)
 
 
-def make_drills(config: TrainConfig, guard: StepGuard, driver_pid: int) -> Drills:
+def make_drills(config: TrainConfig, guard: StepGuard, driver_pid: int, driver_host: str) -> Drills:
     """The faults that this rank was promised."""
     planned = [Planned.parse(text) for text in config.drill]
-    return Drills(planned, marks=RunFolder(config.out).drill_marks, guard=guard, driver_pid=driver_pid)
+    marks = RunFolder(config.out).drill_marks
+    return Drills(planned, marks=marks, guard=guard, driver_pid=driver_pid, driver_host=driver_host)

@@ -228,7 +228,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest alone, its files unchecked.
 
     Raises:
-        CheckpointUnusable: there is none, or it is of another version.
+        CheckpointUnusable: there is none, it is of another version, or it names files outside of the folder.
     """
     try:
         found = json.loads((folder / MANIFEST).read_bytes())
@@ -237,7 +237,11 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{folder} has version {found['version']} of the checkpoint format, this brainenc reads {VERSION}: "
                 "use the brainenc that wrote it."
             )
-        return Manifest(**{**found, "position": Position(**found["position"])})
+        manifest = Manifest(**{**found, "position": Position(**found["position"])})
+        # Joined to the folder as they are: a folder that came from somewhere must not have other files read.
+        if outside := [name for name in manifest.files if name in ("", "..") or Path(name).name != name]:
+            raise CheckpointUnusable(f"{folder} is not to be trusted: its {MANIFEST} names {outside[0]!r} as a file.")
+        return manifest
     except FileNotFoundError as error:
         raise CheckpointUnusable(f"{folder} is torn: it has no {MANIFEST}, which is written last.") from error
     except (ValueError, KeyError, TypeError) as error:

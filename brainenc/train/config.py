@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import yaml
 
 from brainenc.errors import DataError, UsageError
+from brainenc.redact import redacted
 from brainenc.train.drills import Planned
 from brainenc.train.encoders.base import EncoderConfig
 
@@ -94,7 +95,7 @@ class TrainConfig:
     """``N``, ``MIN:MAX``, or ``0``; None: the number of GPUs, else 1."""
     device: str = "auto"
     address: str | None = None
-    """A Ray cluster to join; None starts a local one."""
+    """A Ray cluster to join; None starts a local one. Of one command: it is not kept with the run."""
     max_failures: int = 3
     """Worker failures that are survived before the run is given up; -1: any number."""
     status_timeout_s: float = 60.0
@@ -110,7 +111,7 @@ class TrainConfig:
     snapshot_every_s: float = 20.0
     """Time between two rolling snapshots; 0: none."""
     snapshot_dir: str | None = None
-    """Local disk for rolling snapshots; ``RUN/.snapshots`` when None."""
+    """Folder for rolling snapshots on each machine's own disk; ``RUN/.snapshots`` when None, wherever the run lies."""
     log_every: int = 1
     """Steps between two records."""
     trackers: tuple[str, ...] = ()
@@ -165,11 +166,14 @@ class TrainConfig:
         return cls(**values)
 
     def to_public_dict(self) -> dict[str, Any]:
-        """For files and trackers: without the keys that an address may hold."""
-        from brainenc.featurestore.services.redact import redact
+        """For files and trackers: without the keys that an address may hold, and without the cluster's address.
 
-        fields = self.to_dict()
-        return {name: redact(value) if isinstance(value, str) else value for name, value in fields.items()}
+        Which Ray is joined is said by each command: one that is kept would be joined by a later one, or with ``auto``
+        whichever Ray happens to run then.
+        """
+        public: dict[str, Any] = redacted(self.to_dict())
+        del public["address"]
+        return public
 
     def to_yaml(self) -> str:
         """As in ``config.yaml``."""
@@ -184,7 +188,7 @@ class TrainConfig:
             raise DataError(f"config.yaml is no YAML: {error}.") from error
         if not isinstance(found, dict):
             raise DataError("config.yaml holds no mapping of names to values.")
-        return cls.from_dict(found)
+        return cls.from_dict({**found, "address": None})  # that of an earlier command, where an older brainenc kept it
 
     def resumed_with(self, changes: Mapping[str, Any]) -> Self:
         """This configuration with what may change between a stop and a resume.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,14 @@ class Drills:
         marks: folder where a fault that happened leaves its mark, so that a restarted run does not repeat it.
         guard: of this rank; one with a ``drill`` method can be made to believe in pressure.
         driver_pid: who gets ``sigterm``.
+        driver_host: the machine that this number is of.
     """
 
-    def __init__(self, planned: Sequence[Planned], *, marks: Path, guard: StepGuard, driver_pid: int) -> None:
-        self._planned, self._marks, self._guard, self._driver = planned, marks, guard, driver_pid
+    def __init__(
+        self, planned: Sequence[Planned], *, marks: Path, guard: StepGuard, driver_pid: int, driver_host: str
+    ) -> None:
+        self._planned, self._marks, self._guard = planned, marks, guard
+        self._driver, self._host = driver_pid, driver_host
 
     def at(self, *, step: int, rank: int) -> None:
         """Called before the local work of each step."""
@@ -84,6 +89,11 @@ class Drills:
         if planned.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if planned.fault == "sigterm":
+            if self._host != socket.gethostname():  # there the number is a stranger's
+                raise UsageError(
+                    f"The drill sigterm@step={planned.step},rank={planned.rank} is for the driver, which runs on "
+                    f"{self._host}, and this rank on {socket.gethostname()}: name a rank that runs there."
+                )
             os.kill(self._driver, signal.SIGTERM)
             return
         pretend = getattr(self._guard, "drill", None)

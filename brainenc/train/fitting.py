@@ -43,6 +43,8 @@ class FitSettings:
     log_every: int = 1
     snapshot_every_s: float = 20.0
     checkpoint_every_s: float = 300.0
+    stop_when_short: bool = False
+    """A step that runs out of memory stops the run (``--on-critical stop``); else micro-batches are halved."""
     config: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)

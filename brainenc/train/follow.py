@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from brainenc.guard import banner
 from brainenc.train.run_folder import RunFolder
 
 Progress = Callable[[Mapping[str, Any]], None]
@@ -21,9 +23,35 @@ _POLL_S = 0.2
 
 @contextmanager
 def following(folder: RunFolder, progress: Progress, note: Note) -> Iterator[None]:
-    """Show what workers write to the run folder as it comes."""
+    """Show what workers, and the guard, write to the run folder as it comes."""
+    with _tailing(
+        [
+            (_Tail(folder.log_file), lambda text: note(text.partition("] ")[2] or text)),
+            (_Tail(folder.guard_file), lambda text: _warn(json.loads(text), note)),
+            (_Tail(folder.metrics_file), lambda text: progress(json.loads(text))),
+        ]
+    ):
+        yield
+
+
+@contextmanager
+def following_guard(folder: RunFolder, note: Note) -> Iterator[None]:
+    """The guard's warnings alone, where everything else comes another way: a run in this process."""
+    with _tailing([(_Tail(folder.guard_file), lambda text: _warn(json.loads(text), note))]):
+        yield
+
+
+def _warn(record: Mapping[str, Any], note: Note) -> None:
+    """A warning of the guard as a line; whatever else it records is not for the terminal."""
+    if record.get("kind") == "warning":
+        text = f"{record['worker']}: {record['reason']}"
+        note(banner.warning(int(record["step"]), text, banner.symbols(sys.stderr.encoding)))
+
+
+@contextmanager
+def _tailing(files: Sequence[tuple[_Tail, Callable[[str], None]]]) -> Iterator[None]:
     ended = threading.Event()
-    thread = threading.Thread(target=_follow, args=(folder, progress, note, ended), name="follow", daemon=True)
+    thread = threading.Thread(target=_tail, args=(files, ended), name="follow", daemon=True)
     thread.start()
     try:
         yield
@@ -32,16 +60,13 @@ def following(folder: RunFolder, progress: Progress, note: Note) -> Iterator[Non
         thread.join()
 
 
-def _follow(folder: RunFolder, progress: Progress, note: Note, ended: threading.Event) -> None:
-    records = _Tail(folder.metrics_file)
-    lines = _Tail(folder.log_file)
+def _tail(files: Sequence[tuple[_Tail, Callable[[str], None]]], ended: threading.Event) -> None:
     while True:
         last = ended.wait(_POLL_S)
-        for text in lines.new():
-            note(text.partition("] ")[2] or text)
-        for text in records.new():
-            with suppress(ValueError):
-                progress(json.loads(text))
+        for file, show in files:
+            for text in file.new():
+                with suppress(ValueError):  # a line that a crash has torn
+                    show(text)
         if last:
             return
 

@@ -48,7 +48,7 @@ def worker_config(config: TrainConfig) -> WorkerGuardConfig:
     policy = PolicyConfig(
         thresholds=thresholds(config.guard), dwell_s=float(config.guard.get("dwell_s", PolicyConfig().dwell_s))
     )
-    return WorkerGuardConfig(policy=policy, on_critical=on_critical(config), disks=(config.out,))
+    return WorkerGuardConfig(policy=policy, on_critical=on_critical(config))
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -14,20 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from brainenc.addresses import init_options, resolve
-from brainenc.errors import BrainencError, TrainingFailed
+from brainenc.errors import BrainencError, TrainingFailed, UsageError
 from brainenc.guard import signals
 from brainenc.guard.messages import EXIT_STOPPED_SAFELY, NullGuard, StepGuard
 from brainenc.metrics import Gauges
 from brainenc.train import finished, orders, prepare
 from brainenc.train.alone import make_drills, train_alone
 from brainenc.train.config import TrainConfig, Workers
+from brainenc.train.elastic import Nodes, possible_workers
 from brainenc.train.elsewhere import elsewhere, on_this_node
 from brainenc.train.encoders.base import RIDGE
+from brainenc.train.fitting import Outcome
 from brainenc.train.follow import Note, Progress, following
 from brainenc.train.inputs import OpenViews, StoredViews
 from brainenc.train.orders import FolderOrders, Hearing
 from brainenc.train.ridge_run import run_ridge
 from brainenc.train.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,10 +102,12 @@ def resume(
         note: as for :func:`train`.
 
     Raises:
-        UsageError: no run there, a change that would make it another run, or fewer epochs than it has trained.
+        UsageError: no run there, a change that would make it another run, fewer epochs than it has trained, or an
+            address that cannot be joined; nothing was written.
     """
     folder = RunFolder(Path(run_folder).absolute())
     config = folder.config().resumed_with({**(changes or {}), "out": str(folder.path)})
+    resolve(config.address, command="train")
     prepare.refuse_fewer_epochs(config)
     if not folder.split_file.exists():  # ended between the configuration and the split, which follows from it
         prepare.save_split(config, folder)
@@ -123,12 +132,12 @@ def _launch(config: TrainConfig, views: OpenViews, progress: Progress, note: Not
         return TrainResult(
             status="done", run_folder=config.out, epoch=end.epoch, step=end.step, val_perf=end.best
         )  # fmt: skip
-    workers = Workers.parse(config.workers) if config.workers else default_workers()
+    workers = Workers.parse(config.workers) if config.workers else None
     folder = RunFolder(config.out)
     try:
         with folder.held():
             orders.clear(folder)
-            if workers.high == 0:
+            if workers is not None and workers.high == 0:
                 outcome = train_alone(config, views, progress, note)
             else:
                 outcome = _with_ray(config, workers, views, progress, note)
@@ -158,12 +167,20 @@ def _failed(config: TrainConfig, error: BrainencError) -> TrainResult:
     )  # fmt: skip
 
 
-def default_workers() -> Workers:
-    """The number of GPUs of this machine, else 1."""
-    import torch
+def default_workers(device: str, gpus: int) -> Workers:
+    """One for each GPU that there is, where GPUs are to be used; else 1.
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return Workers(low=max(1, gpus), high=max(1, gpus))
+    Args:
+        device: what was asked for.
+        gpus: of this machine, or of all nodes of the cluster that was joined.
+    """
+    number = max(1, gpus) if _wants_gpu(device, gpus) else 1
+    return Workers(low=number, high=number)
+
+
+def resume_command(config: TrainConfig) -> str:
+    """What goes on with a run, where it was: the run itself does not know which Ray it is on."""
+    return f"brainenc train --resume {config.out}" + (f" --address {config.address}" if config.address else "")
 
 
 # ---------------------------------------------------------------------- on Ray's workers
@@ -177,20 +194,33 @@ class _Stopper:
 
     def __init__(self, folder: RunFolder, coordinator: Any) -> None:
         self._folder, self._coordinator = folder, coordinator
+        self.reason = ""
+        """Why everybody was asked to stop; empty while nobody was."""
 
     def __call__(self, number: int) -> None:
-        reason = f"the driver received {signals.name(number)}"
+        self.reason = reason = f"the driver received {signals.name(number)}"
         orders.give(self._folder, "stop", reason)
         if self._coordinator is not None:
             self._coordinator.trip("stop", reason)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Ray:
+    """What the driver has to know of the Ray that it is connected to."""
+
+    gpus: int
+    """Of all nodes that are there now."""
+    may_grow: bool
+    """It is not this run's own: other machines may belong to it, and an autoscaler may bring more."""
+
+
 @contextmanager
-def _cluster(config: TrainConfig, workers: Workers) -> Iterator[Any]:
+def _cluster(config: TrainConfig, workers: Workers | None) -> Iterator[_Ray]:
     """Ray, joined or started. One that was running in this process already is used and left alone."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    if workers.low < workers.high:  # a lost node counts as there for a while: try with what is left soon
+    if workers is not None and workers.low < workers.high:
+        # A lost node counts as there for a while: try with what is left soon.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Of Ray's processes, which call us in a thread: arenas of threads hold some megabytes each, and keep nothing large.
@@ -199,37 +229,130 @@ def _cluster(config: TrainConfig, workers: Workers) -> Iterator[Any]:
     import ray
 
     if ray.is_initialized():
-        yield ray
+        yield _Ray(gpus=_gpus_of_ray(), may_grow=True)
         return
     address = resolve(config.address, command="train")
+    least = workers.high if workers is not None else _gpus_here()
     with signals.keeping():  # it installs one that ends the run on the spot
-        ray.init(**init_options(address, num_cpus=max(os.cpu_count() or 1, workers.high)))
+        ray.init(**init_options(address, num_cpus=max(os.cpu_count() or 1, least)))
     try:
-        yield ray
+        if address is None:
+            yield _Ray(gpus=min(_gpus_of_ray(), _gpus_here()), may_grow=False)
+        else:  # what torch sees here says nothing about other machines
+            yield _Ray(gpus=_gpus_of_ray(), may_grow=True)
     finally:
         # How the run ended is known and saved: Ray's own handler would turn a late SIGTERM into a failure.
         with signals.handling(lambda number, frame: None):
             ray.shutdown()
 
 
-def _with_ray(config: TrainConfig, workers: Workers, views: OpenViews, progress: Progress, note: Note) -> Any:
-    folder = RunFolder(config.out)
-    with _cluster(config, workers), _coordinator(config, workers, note) as coordinator:
-        from ray.train import WorkerGroupError
+def _gpus_of_ray() -> int:
+    import ray
 
-        trainer = _trainer(config, workers, views, coordinator)
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return int(there.get("GPU", 0))
+
+
+def _gpus_here() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _with_ray(config: TrainConfig, asked: Workers | None, views: OpenViews, progress: Progress, note: Note) -> Any:
+    with _cluster(config, asked) as there:
+        workers = asked or default_workers(config.device, there.gpus)
+        each = _per_worker(config.device, there.gpus)
+        if text := _about_gpus(config, workers, each, there):
+            note(text)
+        return _fitted(config, workers, each, views, progress, note)
+
+
+def _about_gpus(config: TrainConfig, workers: Workers, each: Mapping[str, float], there: _Ray) -> str:
+    """What a person should know before waiting, or computing on CPUs; empty where there is nothing to say.
+
+    Raises:
+        UsageError: GPUs are asked for that will never be there.
+    """
+    if "GPU" in each and there.gpus < workers.low:
+        if there.may_grow:
+            return f"Ray has {there.gpus} GPUs now and {workers.low} are needed: training begins when they have come."
+        raise UsageError(
+            f"--device {config.device} with --workers {workers} needs {workers.low} GPUs, and this machine has "
+            f"{there.gpus} that torch can use; `brainenc doctor` says why. On a cluster, give its --address."
+        )
+    if config.device == "auto" and there.gpus == 0 and there.may_grow:
+        return (
+            "Ray has no GPU now, so workers compute on CPUs. Where nodes with GPUs come when they are asked for, ask "
+            "for them: --device cuda --workers N."
+        )
+    return ""
+
+
+def _fitted(
+    config: TrainConfig, workers: Workers, each: Mapping[str, float], views: OpenViews, progress: Progress, note: Note
+) -> Any:
+    """Train on the Ray that was joined; each worker takes this much of a node."""
+    folder = RunFolder(config.out)
+    with _coordinator(config, workers, each, note) as coordinator:
+        stopper = _Stopper(folder, coordinator)
+        shown = _also_metrics(progress, config.out)
         # ray.init and, in the main thread, fit install handlers that end the run on the spot: ours come after, and fit
         # runs in a thread.
-        shown = _also_metrics(progress, config.out)
-        with following(folder, shown, note), signals.asked_to_stop(_Stopper(folder, coordinator)):
+        with following(folder, shown, note), signals.asked_to_stop(stopper):
             try:
-                result = _in_thread(trainer.fit)
-            except WorkerGroupError as error:
-                raise _cause(error.worker_failures, config) from error
+                result = _fit(config, lambda: _trainer(config, workers, each, views, coordinator), stopper, note)
+            except Exception as error:
+                # A signal to every process at once ends the workers, or Ray, before they could answer.
+                if stopper.reason and (outcome := _left_behind(config, stopper.reason)) is not None:
+                    note(f"The workers were gone before they could save ({_first_line(error)}).")
+                    return outcome
+                raise
     outcome = getattr(result, "return_value", None)
     if outcome is None:
         raise TrainingFailed(f"The workers of {config.out} ended without an outcome: {result.error}.")
     return outcome
+
+
+def _fit(config: TrainConfig, make_trainer: Callable[[], Any], stopper: _Stopper, note: Note) -> Any:
+    """Have Ray train; it begins again by itself when workers die.
+
+    Its controller gives up at once, whatever the budget, when Ray's memory monitor has killed one of its helpers: those
+    are killed first, because Ray could restart them. Then another controller goes on from the newest checkpoint.
+
+    Raises:
+        BrainencError: what the workers died of, or the controllers, more often than the run allows.
+    """
+    from ray.train import ControllerError, WorkerGroupError
+
+    tries = config.max_failures if config.max_failures >= 0 else sys.maxsize
+    while True:
+        try:
+            return _in_thread(make_trainer().fit)
+        except WorkerGroupError as error:
+            raise _cause(error.worker_failures, config) from error
+        except ControllerError as error:
+            cause = _first_line(getattr(error, "controller_failure", None) or error)
+            if tries <= 0 or stopper.reason:
+                raise TrainingFailed(
+                    f"Ray's controller of {config.out} failed: {cause}. What was saved stays: "
+                    f"`{resume_command(config)}` goes on from the newest checkpoint."
+                ) from error
+            tries -= 1
+            note(f"Ray's controller of this training failed ({cause}); another goes on from the newest checkpoint.")
+
+
+def _left_behind(config: TrainConfig, reason: str) -> Outcome | None:
+    """A safe stop of which the workers could not tell: at the newest state of theirs that verifies, if there is one."""
+    from brainenc.train import checkpoint
+    from brainenc.train.saver import snapshot_root, spare_root
+
+    folder = RunFolder(config.out)
+    roots = [folder.checkpoints, snapshot_root(folder, config.snapshot_dir), spare_root(folder)]
+    found = checkpoint.newest([root for root in roots if root.is_dir()], config.id)
+    if found.manifest is None:
+        return None
+    return Outcome(status="stopped", position=found.manifest.position, reason=reason, checkpoint=str(found.folder))
 
 
 def _also_metrics(progress: Progress, run: str) -> Progress:
@@ -247,7 +370,7 @@ def _also_metrics(progress: Progress, run: str) -> Progress:
 
 
 @contextmanager
-def _coordinator(config: TrainConfig, workers: Workers, note: Note) -> Iterator[Any]:
+def _coordinator(config: TrainConfig, workers: Workers, each: Mapping[str, float], note: Note) -> Iterator[Any]:
     """The guard's coordinator, made before any worker so that Ray's memory monitor takes it last."""
     from brainenc.train import guarding
 
@@ -261,8 +384,8 @@ def _coordinator(config: TrainConfig, workers: Workers, note: Note) -> Iterator[
         note(conflict)
     handle = start_coordinator(
         config.out, workers.high, on_critical=guard.on_critical, dwell_s=guard.policy.dwell_s,
-        resume=f"brainenc train --resume {config.out}",
-        goes_on=lambda there, leaving: _room_without(leaving, there, _per_worker(config)) >= workers.low,
+        resume=resume_command(config),
+        goes_on=lambda there, leaving: _room_without(leaving, there, each) >= workers.low,
     )  # fmt: skip
     try:
         yield handle
@@ -282,26 +405,33 @@ def _room_without(leaving: Collection[str], workers: Mapping[str, int], each: Ma
     )
 
 
-def _per_worker(config: TrainConfig) -> dict[str, float]:
+def _per_worker(device: str, gpus: int) -> dict[str, float]:
     """What a worker takes of a node."""
-    return {"CPU": 1.0, **({"GPU": 1.0} if _wants_gpu(config) else {})}
+    return {"CPU": 1.0, **({"GPU": 1.0} if _wants_gpu(device, gpus) else {})}
 
 
-def _trainer(config: TrainConfig, workers: Workers, views: OpenViews, coordinator: Any) -> Any:
+def _wants_gpu(device: str, gpus: int) -> bool:
+    return device.startswith("cuda") if device != "auto" else gpus > 0
+
+
+def _trainer(
+    config: TrainConfig, workers: Workers, each: Mapping[str, float], views: OpenViews, coordinator: Any
+) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    each, folder = _per_worker(config), RunFolder(config.out)
-    gpu = "GPU" in each
-    number: Any = workers.low if workers.low == workers.high else (workers.low, workers.high)
-    return TorchTrainer(
+    folder, gpu = RunFolder(config.out), "GPU" in each
+    elastic = workers.low < workers.high
+    number: Any = (workers.low, workers.high) if elastic else workers.low
+    trainer = _elastic_trainer() if elastic else TorchTrainer
+    return trainer(
         _worker,
         train_loop_config={
-            "config": config.to_dict(), "views": views, "driver_pid": os.getpid(), "coordinator": coordinator,
-            "elsewhere": elsewhere(folder.path),
+            "config": config.to_dict(), "views": views, "driver": (os.getpid(), socket.gethostname()),
+            "coordinator": coordinator, "elsewhere": elsewhere(folder.path),
         },
         scaling_config=ScalingConfig(
-            num_workers=number, use_gpu=gpu, resources_per_worker=each
+            num_workers=number, use_gpu=gpu, resources_per_worker=dict(each)
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=max(1800, int(config.status_timeout_s))),
         run_config=RunConfig(
@@ -311,6 +441,99 @@ def _trainer(config: TrainConfig, workers: Workers, views: OpenViews, coordinato
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )  # fmt: skip
+
+
+def _elastic_trainer() -> Any:
+    """The class of Ray's trainer, but that it does not count on nodes that are being taken away.
+
+    Ray's elastic scaling counts each node that is alive, while Ray places nothing on one that is drained: as long as
+    such a node stays, a restart would ask again and again for more workers than find a place. There is no public way
+    to tell it. Where another Ray has not what is needed for this, its own trainer is taken as it is.
+    """
+    from ray.train import torch as ray_torch
+
+    plain: Any = ray_torch.TorchTrainer
+    try:
+        policy, _ = _staying_policy(), plain._initialize_and_run_controller
+    except (ImportError, AttributeError) as error:
+        _counts_all(error)
+        return plain
+
+    class Trainer(plain):  # type: ignore[misc]
+        def _initialize_and_run_controller(self, **given: Any) -> Any:
+            try:
+                if not isinstance(given["scaling_policy"], policy.__base__):
+                    raise TypeError(f"it scales by {type(given['scaling_policy']).__name__}")
+                given["scaling_policy"] = policy(self.scaling_config)
+            except (KeyError, TypeError, AttributeError) as error:
+                _counts_all(error)
+            return super()._initialize_and_run_controller(**given)
+
+    return Trainer
+
+
+def _counts_all(error: Exception) -> None:
+    log.warning(
+        "This version of Ray is built otherwise than the one that brainenc knows (%s: %s): a node that is drained and "
+        "stays counts as room for workers. If training does not restart, remove the node.",
+        type(error).__name__, error,
+    )  # fmt: skip
+
+
+_LOOK_EVERY_S = 1.0
+
+
+def _staying_policy() -> Any:
+    """The class of an elastic scaling policy for which nodes that are being taken away hold no workers to come.
+
+    Made in a function, so that it travels to Ray's controller by value; Ray itself is imported late.
+
+    Raises:
+        ImportError, AttributeError: this version of Ray has no such policy.
+    """
+    import ray
+    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision
+
+    from brainenc.guard.actors import draining_nodes
+
+    for name in ("_count_possible_workers", "make_decision_for_running_worker_group"):
+        getattr(ElasticScalingPolicy, name)
+
+    class Staying(ElasticScalingPolicy):
+        def __init__(self, scaling_config: Any) -> None:
+            super().__init__(scaling_config)
+            self._looked_at = float("-inf")
+            self._leaving: frozenset[str] = frozenset()
+            self._alive: Nodes = {}
+
+        def _count_possible_workers(self, reserved: Nodes) -> int:
+            self._look()
+            return possible_workers(
+                reserved, self._alive, self._leaving, count=super()._count_possible_workers,
+                least=self.scaling_config.min_workers,
+            )  # fmt: skip
+
+        def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+            decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+            now = worker_group_state.num_workers
+            # The time of a notice is worked in: a group that runs is not made smaller for it.
+            return NoopDecision() if self._leaving and getattr(decision, "num_workers", now) < now else decision
+
+        def _look(self) -> None:
+            """Who is leaving; not more often than Ray asks for what is reserved, which it does in a loop."""
+            now = time.monotonic()
+            if now - self._looked_at < _LOOK_EVERY_S:
+                return
+            self._looked_at = now
+            try:
+                self._leaving = frozenset(draining_nodes())
+                nodes = ray.nodes() if self._leaving else []  # type: ignore[no-untyped-call]
+            except Exception:  # scaling must not end a run
+                log.warning("Could not ask Ray which nodes are being taken away.", exc_info=True)
+                return
+            self._alive = {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
+
+    return Staying
 
 
 def _in_thread(call: Callable[[], Any]) -> Any:
@@ -327,15 +550,6 @@ def _in_thread(call: Callable[[], Any]) -> Any:
     return future.result()
 
 
-def _wants_gpu(config: TrainConfig) -> bool:
-    if config.device != "auto":
-        return config.device.startswith("cuda")
-    import ray
-
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return there.get("GPU", 0) > 0
-
-
 def _cause(failures: Mapping[int, BaseException], config: TrainConfig) -> BrainencError:
     """The error to show of those that workers died of: one of ours that is not just the echo of another's death."""
     from brainenc.train.team import RankLost
@@ -347,7 +561,7 @@ def _cause(failures: Mapping[int, BaseException], config: TrainConfig) -> Braine
     ranks = "; ".join(f"rank {rank}: {_first_line(error)}" for rank, error in sorted(failures.items()))
     return TrainingFailed(
         f"Training failed {config.max_failures + 1} times, the last time with {ranks}. What was saved stays: "
-        f"`brainenc train --resume {config.out}` goes on from the newest checkpoint."
+        f"`{resume_command(config)}` goes on from the newest checkpoint."
     )
 
 
@@ -379,7 +593,7 @@ def _worker(given: dict[str, Any]) -> Any:
             team=team, device=ray.train.torch.get_device() if gpu else torch.device("cpu"), open_views=given["views"],
             guard=Hearing(guard, [FolderOrders(folder)] if team.rank == 0 else []), relief=relief,
             threads=config.threads or max(1, _cores() // context.get_local_world_size()),
-            drill=make_drills(config, guard, given["driver_pid"]),
+            drill=make_drills(config, guard, *given["driver"]),
         )  # fmt: skip
         return work(config, around)
 

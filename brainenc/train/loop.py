@@ -228,6 +228,8 @@ class Fit:
         error.__traceback__ = None
         if short:
             self._stepper.relieve()
+            if self._settings.stop_when_short:
+                word = replace(word, wish=Wish.STOP)
         trouble = Trouble.OUT_OF_MEMORY if short else Trouble.ERROR
         return replace(word, trouble=max(word.trouble, trouble))
 
@@ -247,9 +249,9 @@ class Fit:
         """Save the last finished step without waiting for anybody."""
         try:
             self._on_the_spot = str(self._saver.emergency(self._contents(), reason))
-        except BrainencError as error:
-            self._hooks.note(str(error))
-            self._hooks.guard.saved(path="", step=self.position.step, epoch=self.position.epoch, error=str(error))
+        except Exception as error:  # a MemoryError, too: the other ranks must still hear of it
+            self._hooks.note(told(error))
+            self._hooks.guard.saved(path="", step=self.position.step, epoch=self.position.epoch, error=told(error))
         else:
             self._hooks.guard.saved(path=self._on_the_spot, step=self.position.step, epoch=self.position.epoch)
 
@@ -306,8 +308,8 @@ class Fit:
             if self._team.rank == writer:
                 try:
                     mine = str(self._saver.emergency(self._contents(), reason))
-                except BrainencError as error:
-                    mine = f"!{error}"
+                except Exception as error:  # a MemoryError, too: the other ranks wait for this word
+                    mine = f"!{told(error)}"
             answer = self._team.exchange_text(mine)[writer]
             if not answer.startswith("!"):
                 break

@@ -28,6 +28,7 @@ from brainenc import atomic
 from brainenc.errors import BrainencError, TakenOver
 from brainenc.featurestore.download import download
 from brainenc.featurestore.places.base import Place
+from brainenc.redact import redact
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +230,7 @@ class RunMirror:
                 log.error("%s", error)
                 return
             except (BrainencError, OSError) as error:
-                log.warning("not sent yet, tried again: %s", error)
+                log.warning("not sent yet, tried again: %s", redact(str(error)))
 
     # ---- inside
 

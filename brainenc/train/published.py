@@ -108,7 +108,7 @@ def import_published(
     contents = Contents(
         position=Position(step=0, epoch=0, best=found.val_perf, val_perf=found.val_perf),
         weights=model.state_dict, optimizer={"state": {}},
-        config=run.to_dict(), provenance=origin,
+        config=run.to_public_dict(), provenance=origin,
     )  # fmt: skip
     folder.create(run)
     written = write(folder.checkpoints, contents)

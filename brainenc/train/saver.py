@@ -5,15 +5,13 @@ Worker, training thread; what may be done by a thread is done by :class:`Backgro
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from brainenc import atomic
+from brainenc import atomic, private
 from brainenc.errors import BrainencError
 from brainenc.train import best as best_of
 from brainenc.train import checkpoint
@@ -25,13 +23,18 @@ SNAPSHOTS_KEPT = 2
 
 
 def snapshot_root(folder: RunFolder, chosen: str | None) -> Path:
-    """Where this machine's rolling snapshots lie: one folder a machine, because a machine's disk dies with it."""
+    """Where this machine's rolling snapshots lie: one folder a machine, whether or not machines share a disk.
+
+    Args:
+        folder: the run; snapshots lie in it by default, so they are on a local disk where it is, and else are not.
+        chosen: a folder of each machine's own instead.
+    """
     return (Path(chosen) / _tag(folder) if chosen else folder.snapshots) / socket.gethostname()
 
 
 def spare_root(folder: RunFolder) -> Path:
-    """Where an emergency checkpoint goes when the run folder cannot be written to."""
-    return Path(tempfile.gettempdir()) / f"brainenc-{getpass.getuser()}" / _tag(folder)
+    """Where an emergency checkpoint goes when the run folder cannot be written to: below a folder of the user's own."""
+    return private.temporary("brainenc") / _tag(folder)
 
 
 def _tag(folder: RunFolder) -> str:
@@ -101,7 +104,7 @@ class Saver:
         return best_of.recorded(self.folder, run_id)
 
     def snapshot(self, contents: Contents) -> float:
-        """Copy the state and have it written to local disk; returns the seconds that training was held up."""
+        """Copy the state and have it written; returns the seconds that training was held up."""
         assert self._copy is not None, "snapshots need memory for a copy"
         started = time.perf_counter()
         self._background.wait()
@@ -122,10 +125,13 @@ class Saver:
             BrainencError: no place took it; each place's answer is in the message.
         """
         answers = []
-        for root in self.places():
+        spare = spare_root(self.folder)
+        for root in (self.folder.checkpoints, self.snapshots, spare):
             try:
+                if root == spare:
+                    private.make(spare.parent)
                 path = checkpoint.write(root, contents, emergency=True, reason=reason)
-            except (OSError, BrainencError) as error:
+            except Exception as error:  # also a MemoryError, or what torch makes of a full disk: the next may take it
                 answers.append(f"{root}: {error}")
                 continue
             if root == self.folder.checkpoints:
@@ -135,8 +141,10 @@ class Saver:
         raise BrainencError(f"No emergency checkpoint could be saved. {'; '.join(answers)}")
 
     def places(self) -> Sequence[Path]:
-        """Where checkpoints of this run may lie, the best first."""
-        return (self.folder.checkpoints, self.snapshots, spare_root(self.folder))
+        """Where checkpoints of this run may lie, the best first; not where somebody else may have put them."""
+        spare = spare_root(self.folder)
+        spares = (spare,) if private.refusal(spare.parent) is None else ()
+        return (self.folder.checkpoints, self.snapshots, *spares)
 
     def _point_last(self, path: Path, contents: Contents) -> None:
         try:

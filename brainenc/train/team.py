@@ -34,7 +34,7 @@ class RankLost(TrainingFailed):
 
     def __init__(self, rank: int, doing: str, cause: str) -> None:
         super().__init__(rank, doing, cause)
-        self.rank, self.doing, self.cause = rank, doing, cause
+        self.rank, self.doing, self.cause = self.args
 
     def __str__(self) -> str:
         return (

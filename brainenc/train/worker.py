@@ -209,6 +209,7 @@ def _settings(config: TrainConfig, subject: Subject, samples: Samples, order: Or
         epochs=config.epochs, learning_rate=config.learning_rate, lr_drop=config.lr_drop, lr_gamma=config.lr_gamma,
         log_every=config.log_every, snapshot_every_s=config.snapshot_every_s,
         checkpoint_every_s=config.checkpoint_every_s, config=config.to_public_dict(),
+        stop_when_short=config.guard.get("on_critical") == "stop",
         provenance=provenance(config, subject, samples, order.n_samples),
         scheduler={
             "learning_rate": config.learning_rate, "lr_drop": config.lr_drop, "lr_gamma": config.lr_gamma,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,44 @@ def test_a_node_that_is_drained_is_saved_for_and_left(cluster, learnt, tmp_path)
     assert len(orders) == 2, "once at the notice, once before the deadline"
     assert json.loads(printed.splitlines()[-1])["status"] == "done"
     assert len(runs(out)) == 2
+    assert losses(out).keys() == set(range(1, len(losses(out)) + 1))
+
+
+@contextmanager
+def held(cluster, node) -> Iterator[None]:
+    """Somebody else's actor on a node, which Ray does not end for being drained."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    class Squatter:
+        def there(self) -> bool:
+            return True
+
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        place = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        squatter = ray.remote(Squatter).options(num_cpus=0, scheduling_strategy=place).remote()
+        assert ray.get(squatter.there.remote())
+        yield
+        assert ray.get(squatter.there.remote()), "the node stayed to the end"
+    finally:
+        ray.shutdown()
+
+
+def test_a_drained_node_that_is_never_taken_away_does_not_hold_up_the_rest(cluster, learnt, tmp_path):
+    """Ray counts it as there and places nothing on it: a restart must not ask for workers that only it could hold."""
+    out = tmp_path / "run"
+    leaves = add_node(cluster, tmp_path / "scratch" / "leaves", num_cpus=1)
+    with held(cluster, leaves):
+        job = start(*training(learnt, out, "1:2", 400, "--checkpoint-every", "1h"), "--address", cluster.address)
+        wait_for(job, lambda: len(losses(out)) > 10)
+        drain(leaves, seconds=12)
+        wait_for(job, lambda: len(runs(out)) == 2, 60)
+        printed, err = job.communicate(timeout=300)
+
+    assert job.returncode == 0, err[-3000:]
+    assert json.loads(printed.splitlines()[-1])["status"] == "done"
+    assert len(runs(out)) == 2, "one restart, no tries that found no place"
     assert losses(out).keys() == set(range(1, len(losses(out)) + 1))
 
 

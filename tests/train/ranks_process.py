@@ -26,7 +26,13 @@ def main(rank: int, size: int, rendezvous: str, runs: Path) -> None:
         config = TrainConfig.from_dict(given)
         folder = RunFolder(config.out)
         guard = Hearing(NullGuard(), [FolderOrders(folder)] if rank == 0 else [])
-        drills = Drills([Planned.parse(d) for d in config.drill], marks=folder.drill_marks, guard=guard, driver_pid=0)
+        drills = Drills(
+            [Planned.parse(d) for d in config.drill],
+            marks=folder.drill_marks,
+            guard=guard,
+            driver_pid=0,
+            driver_host="",
+        )
         around = Surroundings(
             team=Distributed(timeout_s=30, local_rank=rank), device=torch.device("cpu"), open_views=StoredViews(config),
             guard=guard, drill=drills, threads=1,

@@ -1,5 +1,6 @@
 """A checkpoint is whole and verified, or is not taken for one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -143,6 +144,19 @@ def test_another_version_is_refused_in_a_sentence(tmp_path):
 
     with pytest.raises(CheckpointUnusable, match="version 99 of the checkpoint format, this brainenc reads 1"):
         checkpoint.verify(folder)
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/hostname", "sub/file", "..", ""])
+def test_a_manifest_that_names_files_elsewhere_is_not_trusted(tmp_path, name):
+    """A folder may come from anywhere: nothing outside of it is opened because it says so."""
+    folder = checkpoint.write(tmp_path, contents())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"]["state.pt"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    with pytest.raises(CheckpointUnusable, match="is not to be trusted"):
+        checkpoint.verify(folder)
+    assert checkpoint.newest([tmp_path]).folder is None
 
 
 def test_a_death_while_writing_leaves_no_checkpoint(tmp_path):

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ray.train import ControllerError
 
 from brainenc.cli.main import run as brainenc
-from brainenc.errors import ProvenanceMismatch, UsageError
+from brainenc.errors import ProvenanceMismatch, TrainingFailed, UsageError
+from brainenc.train import launch
 from brainenc.train.config import TrainConfig, Workers
-from brainenc.train.launch import resume, train
+from brainenc.train.launch import _fit, _Stopper, resume, train
 from brainenc.train.run_folder import RunFolder
 
 
@@ -169,6 +171,78 @@ def test_a_ray_client_address_is_refused(small, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("how", ["python", "command line", "the same command"])
+def test_a_run_that_goes_on_is_left_alone_where_its_address_is_refused(small, tmp_path, capsys, how):
+    out = tmp_path / "run"
+    train(small.config(out, epochs=1, predict=False))
+    (out / "idxs.npy").unlink()  # would be made again
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+    if how == "python":
+        with pytest.raises(UsageError, match="ray job submit"):
+            resume(out, {"epochs": 2, "address": "ray://head:10001"})
+    else:
+        given = ["--resume", out] if how == "command line" else ["--subject-dir", small.subject_dir, "--out", out]
+        assert brainenc(["train", *map(str, given), "--epochs", "2", "--address", "ray://head:10001"]) == 2
+        assert "ray job submit" in capsys.readouterr().err
+
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_run_does_not_go_on_where_it_was_but_where_it_is_told(small, tmp_path, monkeypatch):
+    """The Ray that is joined is asked for by each command; a folder of an older brainenc may still hold an address."""
+    out, joined = tmp_path / "run", []
+    train(small.config(out, epochs=1, predict=False))
+    with open(out / "config.yaml", "a") as file:
+        file.write("address: 10.0.0.5:6379\n")
+    monkeypatch.setattr(launch, "_with_ray", lambda config, *rest: joined.append(config.address) or 1 / 0)
+
+    for changes in ({}, {"address": "10.0.0.9:6379"}):
+        with pytest.raises(ZeroDivisionError):
+            resume(out, {"epochs": 2, "workers": "1", **changes})
+
+    assert joined == [None, "10.0.0.9:6379"]
+    assert "address:" not in (out / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "workers", "each"),
+    [
+        ("auto", 0, 1, {"CPU": 1}),
+        ("auto", 4, 4, {"CPU": 1, "GPU": 1}),
+        ("cpu", 4, 1, {"CPU": 1}),
+        ("cuda", 4, 4, {"CPU": 1, "GPU": 1}),
+        ("cuda", 0, 1, {"CPU": 1, "GPU": 1}),
+    ],
+)
+def test_workers_follow_from_the_gpus_that_ray_has(device, gpus, workers, each):
+    assert launch.default_workers(device, gpus) == Workers(low=workers, high=workers)
+    assert launch._per_worker(device, gpus) == each
+
+
+def test_gpus_that_are_not_there_yet_are_waited_for_on_a_cluster_and_refused_here(small, tmp_path):
+    """Of a cluster whose GPU machines an autoscaler brings, nobody can see them before they are asked for."""
+    config, two = small.config(tmp_path / "run", device="cuda"), Workers(low=2, high=2)
+    each = {"CPU": 1.0, "GPU": 1.0}
+
+    assert "2 are needed" in launch._about_gpus(config, two, each, launch._Ray(gpus=0, may_grow=True))
+    assert launch._about_gpus(config, two, each, launch._Ray(gpus=2, may_grow=True)) == ""
+    with pytest.raises(UsageError, match="needs 2 GPUs, and this machine has 1"):
+        launch._about_gpus(config, two, each, launch._Ray(gpus=1, may_grow=False))
+    guess = replace(config, device="auto")
+    assert "--device cuda" in launch._about_gpus(guess, two, {"CPU": 1.0}, launch._Ray(gpus=0, may_grow=True))
+    assert launch._about_gpus(guess, two, {"CPU": 1.0}, launch._Ray(gpus=0, may_grow=False)) == ""
+
+
+@pytest.mark.ray
+def test_the_cluster_is_asked_for_its_gpus_not_the_driver(small, tmp_path, ray_session, monkeypatch):
+    """Torch of the driver would have three; Ray, which was joined, has none."""
+    monkeypatch.setattr(launch, "_gpus_here", lambda: 3)
+
+    with launch._cluster(small.config(tmp_path / "run", address="auto"), None) as there:
+        assert there == launch._Ray(gpus=0, may_grow=True)
+
+
 def test_workers_are_a_number_or_a_range():
     assert Workers.parse("1:4") == Workers(low=1, high=4)
     assert Workers.parse("2") == Workers(low=2, high=2)
@@ -219,3 +293,51 @@ def test_two_workers_of_ray_survive_a_kill_and_end_where_one_ends(small, tmp_pat
     assert runs[10] == 1
     assert (tmp_path / "two/.ray").is_dir()
     assert os.environ.get("RAY_ADDRESS") is None
+
+
+class Failing:
+    """Stands for Ray's trainers: each fails in its turn, until one returns."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors, self.made = list(errors), 0
+
+    def __call__(self):
+        self.made += 1
+        return self
+
+    def fit(self) -> str:
+        if self.errors:
+            raise self.errors.pop(0)
+        return "fitted"
+
+
+def test_another_controller_goes_on_where_rays_was_killed(tmp_path, small):
+    """Ray's memory monitor kills the controller's helpers first, and the controller then fails for good."""
+    trainers, notes = Failing(ControllerError(RuntimeError("a helper died"))), []
+    config, stopper = small.config(tmp_path / "run", max_failures=1), _Stopper(RunFolder(tmp_path / "run"), None)
+
+    assert _fit(config, trainers, stopper, notes.append) == "fitted"
+
+    assert trainers.made == 2
+    assert "another goes on from the newest checkpoint" in notes[0]
+
+
+def test_controllers_are_replaced_as_often_as_the_run_allows(tmp_path, small):
+    trainers = Failing(*[ControllerError(RuntimeError("a helper died")) for _ in range(3)])
+    config, stopper = small.config(tmp_path / "run", max_failures=2), _Stopper(RunFolder(tmp_path / "run"), None)
+
+    with pytest.raises(TrainingFailed, match=r"a helper died.*--resume"):
+        _fit(config, trainers, stopper, lambda text: None)
+
+    assert trainers.made == 3
+
+
+def test_no_controller_follows_when_everybody_was_asked_to_stop(tmp_path, small):
+    trainers, config = Failing(ControllerError(RuntimeError("gone"))), small.config(tmp_path / "run", max_failures=5)
+    stopper = _Stopper(RunFolder(tmp_path / "run"), None)
+    stopper.reason = "the driver received SIGTERM"
+
+    with pytest.raises(TrainingFailed, match="gone"):
+        _fit(config, trainers, stopper, lambda text: None)
+
+    assert trainers.made == 1

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 
 import numpy as np
@@ -118,6 +119,17 @@ def test_a_configuration_survives_yaml(small, tmp_path):
     assert TrainConfig.from_yaml(config.to_yaml()) == config
 
 
+def test_the_address_of_a_cluster_is_of_one_command_and_kept_nowhere(small, tmp_path):
+    """``auto`` would join whichever Ray runs when somebody goes on with the run."""
+    config = small.config(tmp_path / "run", address="auto")
+
+    assert "address:" not in config.to_yaml()
+    assert "address" not in config.to_public_dict()
+    assert config.to_dict()["address"] == "auto"
+    older = config.to_yaml() + "address: 10.0.0.5:6379\n"
+    assert TrainConfig.from_yaml(older).address is None
+
+
 def test_published_names_mean_what_they_meant():
     """``--enc_output_layer`` counts from the end; the last layer of dinov2 is the normalised output."""
     assert preset_feature("dinov2_q") == "dinov2-base/11.q"
@@ -133,13 +145,23 @@ def test_a_drill_happens_once_in_the_life_of_a_run(tmp_path):
     planned = [Planned.parse("oom@step=4,rank=1")]
 
     def drills() -> Drills:
-        return Drills(planned, marks=tmp_path / "marks", guard=NullGuard(), driver_pid=0)
+        return Drills(planned, marks=tmp_path / "marks", guard=NullGuard(), driver_pid=0, driver_host="")
 
     drills().at(step=3, rank=1)
     drills().at(step=4, rank=0)
     with pytest.raises(torch.OutOfMemoryError):
         drills().at(step=4, rank=1)
     drills().at(step=4, rank=1)
+
+
+def test_a_drill_signals_no_stranger_on_another_machine(tmp_path):
+    planned = [Planned.parse("sigterm@step=4")]
+    drills = Drills(
+        planned, marks=tmp_path / "marks", guard=NullGuard(), driver_pid=os.getpid(), driver_host="elsewhere"
+    )
+
+    with pytest.raises(UsageError, match="which runs on elsewhere"):
+        drills.at(step=4, rank=0)
 
 
 def test_an_order_in_the_run_folder_is_heard_now_and_then(tmp_path):

@@ -93,6 +93,18 @@ def test_out_of_memory_on_one_rank_halves_the_micro_batch_of_all(small, tmp_path
     assert losses(config.out) == pytest.approx(alone, rel=1e-5)
 
 
+def test_out_of_memory_stops_a_run_that_was_told_to_stop(small, tmp_path, run_ranks, losses, alone):
+    """``--on-critical stop``: saved by all at the same step, and the same numbers after a resume."""
+    config = small.config(tmp_path / "run", dropout=0.0, epochs=4, guard={"enabled": False, "on_critical": "stop"})
+
+    outcomes = run_ranks(config, 2, lambda rank: {"drill": At(out_of_memory(), step=3, rank=1)})
+
+    assert [(o.status, o.position.step) for o in outcomes] == [("stopped", 3)] * 2
+    assert all("out of memory" in o.reason and o.checkpoint for o in outcomes)
+    assert run_ranks(config, 2)[0].status == "done"
+    assert losses(config.out) == pytest.approx(alone, rel=1e-5)
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_out_of_memory_inside_the_model_is_heard_by_all(small, tmp_path, run_ranks, losses, alone, where):
     """Raised by a hook in the middle of one rank's forward or backward, for the fourth batch, twice."""

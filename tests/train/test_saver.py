@@ -1,6 +1,7 @@
 """Snapshots and checkpoints that are written while training goes on, and emergency ones that find a place."""
 
 import os
+import stat
 import threading
 
 import pytest
@@ -114,7 +115,7 @@ def test_without_memory_for_a_copy_checkpoints_are_still_written(writer, stepper
 
 def test_an_emergency_checkpoint_goes_where_it_can(writer, stepper, tmp_path, monkeypatch):
     """The run folder cannot be written to: a file lies where its folder should be."""
-    monkeypatch.setattr(saver.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     writer.folder.checkpoints.rmdir()
     writer.folder.checkpoints.write_text("in the way")
 
@@ -123,10 +124,26 @@ def test_an_emergency_checkpoint_goes_where_it_can(writer, stepper, tmp_path, mo
     path = writer.emergency(at(stepper, 8), "test")
 
     assert path.is_relative_to(tmp_path / "tmp")
+    assert stat.S_IMODE(path.parents[1].stat().st_mode) == 0o700
     assert checkpoint.newest(writer.places()).manifest.position.step == 8
-    monkeypatch.setattr(saver.tempfile, "gettempdir", lambda: str(writer.folder.checkpoints))
+    monkeypatch.setattr("tempfile.tempdir", str(writer.folder.checkpoints))
     with pytest.raises(BrainencError, match=r"No emergency checkpoint could be saved.*checkpoints.*nowhere"):
         writer.emergency(at(stepper, 9), "test")
+
+
+def test_a_folder_that_others_may_have_made_is_neither_read_nor_written(writer, stepper, tmp_path, monkeypatch):
+    """In a temporary folder that everybody shares, its name can be guessed."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    spare = saver.spare_root(writer.folder)
+    checkpoint.write(spare, at(stepper, 9), emergency=True)
+    spare.parent.chmod(0o777)
+    writer.folder.checkpoints.rmdir()
+    writer.folder.checkpoints.write_text("in the way")
+    writer.snapshots = writer.folder.checkpoints / "nowhere"
+
+    assert checkpoint.newest(writer.places()).folder is None
+    with pytest.raises(BrainencError, match="can be written to by others; nothing is kept there"):
+        writer.emergency(at(stepper, 10), "test")
 
 
 def test_debris_of_writers_that_died_is_swept(writer):
