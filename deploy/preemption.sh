@@ -3,16 +3,24 @@
 #
 #   deploy/preemption.sh RAY_ADDRESS [PYTHON]
 #
-# Spot and preemptible machines get about 30 seconds. The metadata server answers this request when the notice comes, so
-# that nothing is asked again and again. METADATA_HOST is set by tests.
+# Spot and preemptible machines get about 30 seconds. The metadata server is asked once how things are, because a notice
+# may have come before this was started; after that it answers when the notice comes, so that nothing is asked again and
+# again. last_etag is what the last answer was: a notice that comes between two questions is answered at once.
+# METADATA_HOST is set by tests.
 
 set -u
 address=${1:?usage: $0 RAY_ADDRESS [PYTHON]}
 python=${2:-python3}
 url="http://${METADATA_HOST:-metadata.google.internal}/computeMetadata/v1/instance/preempted"
 
-until [ "$(curl --silent --fail --header 'Metadata-Flavor: Google' "$url?wait_for_change=true&timeout_sec=300")" = TRUE ]; do
-  sleep 1 # the server went away, or its time was up
+query=""
+while true; do
+  answer=$(curl --silent --fail --include --header 'Metadata-Flavor: Google' "$url$query")
+  if [ "${answer##*$'\n'}" = TRUE ]; then break; fi
+  etag=$(sed -n 's/^etag: *\([^[:space:]]*\).*/\1/Ip' <<< "$answer")
+  # Without an answer the server went away: ask anew how things are.
+  query=${etag:+"?wait_for_change=true&timeout_sec=300&last_etag=$etag"}
+  sleep 1
 done
 
 "$python" - "$address" "${NODE_IP:-}" <<'PYTHON'

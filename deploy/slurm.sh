@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
 # brainenc on several nodes of a Slurm cluster: one Ray node a Slurm node, the driver on the first.
 #
-#   sbatch deploy/slurm.sh extract --subject-dir $DATA/subj01 --store $WORK/store --backbone facebook/dinov2-base --feature 11.q
-#   sbatch deploy/slurm.sh train --resume $WORK/run1
+#   sbatch --gpus-per-node=4 deploy/slurm.sh extract --subject-dir $DATA/subj01 --store $WORK/store --backbone facebook/dinov2-base --feature 11.q
+#   sbatch --gpus-per-node=4 deploy/slurm.sh train --resume $WORK/run1
 #
-# Everything after the script's name is a brainenc command; `--address auto` is added. BRAINENC_ENV is the folder of the
-# virtual environment (default: .venv beside this repository). DRY_RUN=1 prints what would run.
+# Everything after the script's name is a brainenc command; for those that work on a cluster (extract, plan, train)
+# Ray is started on all nodes, and its address added. Any other runs on the first node alone: give it --nodes=1.
+#
+# --gpus-per-node has no default below, because its spelling is the site's (--gpus-per-node=a100:4, or --gres=gpu:4):
+# Ray is told as many GPUs as Slurm gave each node, and without the option that is none, --exclusive or not. All nodes
+# must have the same number; Slurm tells the script that of the first.
+#
+# BRAINENC_ENV is the folder of the virtual environment (default: .venv beside this repository). JOIN_S is how many
+# seconds the nodes have for joining (120). DRY_RUN=1 prints what would run.
 #
 #SBATCH --job-name=brainenc
 #SBATCH --nodes=2
@@ -36,6 +43,33 @@ gpus=${SLURM_GPUS_ON_NODE:-0}
 start() { if [ "${DRY_RUN:-}" = 1 ]; then echo "+ $*"; else exec "$@"; fi; }
 run() { if [ "${DRY_RUN:-}" = 1 ]; then echo "+ $*"; else "$@"; fi; }
 
+# What Ray knows of the cluster, in a process that ends at once; nothing while the head does not answer.
+count='
+import socket, sys
+from ray._raylet import GcsClient
+
+host, _, port = sys.argv[1].rpartition(":")
+socket.create_connection((host, int(port)), timeout=2).close()  # GcsClient itself would try for a minute
+print(sum(node.state == 0 for node in GcsClient(address=sys.argv[1]).get_all_node_info().values()))
+'
+# Until so many nodes have joined: work that begins before would be planned for those that are there.
+wait_for_nodes() {
+  if [ "${DRY_RUN:-}" = 1 ]; then echo "+ wait until $1 node(s) have joined"; return; fi
+  local deadline=$((SECONDS + ${JOIN_S:-120})) found=0
+  while true; do
+    found=$("$env/bin/python" -c "$count" "$head_ip:$port" 2>/dev/null) || found=0
+    if [ "$found" -ge "$1" ]; then return; fi
+    for pid in "${pids[@]}"; do
+      if ! kill -0 "$pid" 2>/dev/null; then echo "brainenc: Ray ended on a node before $1 had joined; see above" >&2; exit 1; fi
+    done
+    if [ "$SECONDS" -ge "$deadline" ]; then
+      echo "brainenc: $found of $1 nodes have joined after ${JOIN_S:-120} s (JOIN_S); see above for what Ray says" >&2
+      exit 1
+    fi
+    sleep 1
+  done
+}
+
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-address | awk '{print $1}')
 
@@ -60,20 +94,30 @@ stop_ray() {
 }
 trap stop_ray EXIT
 
-start srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" \
-  "$env/bin/ray" start --head --node-ip-address="$head_ip" --port="$port" --include-dashboard=false \
-  --temp-dir="$scratch" "${limits[@]}" --block &
-pids+=($!)
-run sleep 10
-for node in "${nodes[@]:1}"; do
-  start srun --nodes=1 --ntasks=1 --nodelist="$node" \
-    "$env/bin/ray" start --address="$head_ip:$port" "${limits[@]}" --block &
+start_cluster() {
+  start srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" \
+    "$env/bin/ray" start --head --node-ip-address="$head_ip" --port="$port" --include-dashboard=false \
+    --temp-dir="$scratch" "${limits[@]}" --block &
   pids+=($!)
-done
-run sleep 10
+  wait_for_nodes 1
+  for node in "${nodes[@]:1}"; do
+    start srun --nodes=1 --ntasks=1 --nodelist="$node" \
+      "$env/bin/ray" start --address="$head_ip:$port" "${limits[@]}" --block &
+    pids+=($!)
+  done
+  wait_for_nodes "${#nodes[@]}"
+}
 
+command=("$@")
+case $1 in
+  extract | plan | train)
+    start_cluster
+    command+=(--address "$head_ip:$port")
+    ;;
+  *) ;; # works without Ray, and would refuse an --address
+esac
 # The driver runs in the background, because a shell that waits for a foreground command hears no signal.
-start "$env/bin/brainenc" "$@" --address "$head_ip:$port" &
+start "$env/bin/brainenc" "${command[@]}" &
 driver=$!
 trap 'echo "brainenc: Slurm gives notice; asking for an emergency checkpoint"; kill -TERM $driver' TERM
 code=0

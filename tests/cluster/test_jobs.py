@@ -75,7 +75,7 @@ def submit(client, *arguments: object) -> str:
     """The interpreter by its full path: `python` on a cluster may be another one. A job that was stopped has no exit
     code in Ray's records, so the shell around it says it."""
     command = " ".join(map(str, [sys.executable, "-m", "brainenc", *arguments]))
-    return client.submit_job(entrypoint=f"trap '' TERM; {command}; code=$?; echo exit code $code; exit $code")
+    return client.submit_job(entrypoint=f"trap : TERM; {command}; code=$?; echo exit code $code; exit $code")
 
 
 def end_of(client, job: str, seconds: float = 240):
@@ -164,6 +164,7 @@ def test_a_stopped_job_stops_safely_and_goes_on(client, many_pictures, miniature
     again, again_logs = end_of(client, submit(client, *extraction(pictures, store, miniature), "--json"))
 
     assert info.status == "STOPPED"
+    assert info.driver_exit_code is None, "docs/cluster.md says so"
     assert "Stopped safely" in logs, logs
     assert "exit code 75" in logs
     assert again.driver_exit_code == 0, again_logs

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shlex
 from pathlib import Path
 
 import jsonschema
@@ -11,6 +12,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "cluster.yaml").read_text()
+PAGE = (ROOT / "docs" / "cluster.md").read_text()
 
 PROVIDER_KEYS = {"type", "region", "availability_zone", "project_id", "use_internal_ips"}
 NODE_KEYS = {"machineType", "disks", "networkInterfaces", "serviceAccounts", "scheduling"}
@@ -23,6 +25,20 @@ def config() -> dict:
 
 def nodes(config: dict) -> dict:
     return config["available_node_types"]
+
+
+def ray_start(config: dict, kind: str) -> tuple[list[str], dict[str, str]]:
+    """Of the command that starts Ray on ``head`` or ``worker``: its arguments, and the environment before it."""
+    (command,) = [c for c in config[f"{kind}_start_ray_commands"] if "ray start" in c]
+    words = shlex.split(command.rpartition(";")[2])
+    program = words.index("~/brainenc-env/bin/ray")
+    return words[program + 2 :], dict(word.split("=", 1) for word in words[:program])
+
+
+def ports(config: dict, kind: str) -> dict[str, int]:
+    """Port options of ``ray start``."""
+    options = dict(word.split("=", 1) for word in ray_start(config, kind)[0] if "=" in word)
+    return {name: int(value) for name, value in options.items() if name.endswith("port")}
 
 
 def test_ray_accepts_it(config):
@@ -85,7 +101,70 @@ def test_every_node_installs_from_the_constraints(config):
     setup = " ".join(config["setup_commands"])
 
     assert "-c ~/brainenc/constraints.txt" in setup
-    assert config["file_mounts"] == {"~/brainenc": "."}
+    assert config["file_mounts"]["~/brainenc"] == "."
+
+
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_ray_knows_every_option(config, kind):
+    from ray.scripts.scripts import start
+
+    arguments, _ = ray_start(config, kind)
+
+    assert start.make_context("start", arguments, resilient_parsing=True).params["head"] is (kind == "head")
+
+
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_nobody_is_heard_without_the_token(config, kind):
+    _, environ = ray_start(config, kind)
+
+    assert environ["RAY_AUTH_MODE"] == "token"
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"  # where `ray get-auth-token` puts it
+    assert "chmod 600 ~/.ray/auth_token" in config["setup_commands"]
+
+
+def test_whoever_speaks_to_ray_has_the_token(config):
+    (preemption,) = [c for c in config["worker_start_ray_commands"] if "preemption.sh" in c]
+    (profile,) = [c for c in config["setup_commands"] if ".bashrc" in c]
+
+    assert preemption.startswith("RAY_AUTH_MODE=token ")
+    assert "RAY_AUTH_MODE=token" in profile.partition("export")[2]
+
+
+def test_the_token_is_where_ray_puts_and_seeks_it():
+    from ray._private.authentication import authentication_token_setup
+
+    assert authentication_token_setup._get_default_token_path() == Path("~/.ray/auth_token").expanduser()
+
+
+def test_no_port_is_left_to_chance(config):
+    """All that ``ray start`` has an option for, the same on all nodes."""
+    from ray.scripts.scripts import start
+
+    elsewhere = {"--port", "--dashboard-port", "--ray-client-server-port"}  # the head's own; their defaults are fixed
+    wanted = {o for p in start.params for o in p.opts if o.endswith("-port")} - elsewhere
+
+    assert set(ports(config, "worker")) == wanted
+    assert ports(config, "head") == {"--port": 6379} | ports(config, "worker")
+    assert "$RAY_HEAD_IP:6379" in " ".join(config["worker_start_ray_commands"])
+
+
+def test_the_pages_firewall_rules_let_through_what_ray_uses_and_ssh(config):
+    rules = re.findall(r"firewall-rules create (\S+)(.*?)(?:```|\n#|\ngcloud)", PAGE, re.S)
+    allowed = {name: re.search(r"--allow (\S+)", text)[1].split(",") for name, text in rules}
+    spans = [tuple(map(int, rule.removeprefix("tcp:").split("-"))) for rule in allowed["brainenc-nodes"]]
+    used = ports(config, "head")
+    workers = used.pop("--min-worker-port"), used.pop("--max-worker-port")
+
+    assert workers in spans
+    assert all(any(span[0] <= port <= span[-1] for span in spans) for port in (22, *used.values()))
+    assert not any(span[0] <= port <= span[-1] for span in spans for port in (8265, 10001))
+    assert allowed["brainenc-iap"] == ["tcp:22"]
+    assert "--source-ranges 35.235.240.0/20 " in dict(rules)["brainenc-iap"]
+    assert "--source-ranges" not in dict(rules)["brainenc-nodes"]
+
+
+def test_every_name_to_replace_is_on_the_page():
+    assert set(re.findall(r"MY-[A-Z]+", TEXT)) - {"MY-SUBNET"} <= set(re.findall(r"MY-[A-Z]+", PAGE))
 
 
 def test_a_stopped_job_has_time_for_a_checkpoint(config):
@@ -93,11 +172,14 @@ def test_a_stopped_job_has_time_for_a_checkpoint(config):
 
 
 def test_every_setting_has_its_reason():
-    """Commented line by line: no more than eight lines of settings without a comment between them."""
+    """No more than eight lines of settings without a comment between them, and one at each key of the first level."""
     longest = run = 0
+    before = ""
     for line in TEXT.splitlines():
+        assert not re.match(r"\w", line) or "#" in line + before or re.match(r"\w", before), line
         run = 0 if "#" in line or not line.strip() else run + 1
         longest = max(longest, run)
+        before = line
 
-    assert longest <= 12
-    assert len(re.findall(r"^\s*#", TEXT, re.M)) >= 35
+    assert longest <= 8
+    assert len(re.findall(r"^\s*#", TEXT, re.M)) >= 60
