@@ -106,23 +106,26 @@ def plan_accuracy(root: Path) -> list[Figure]:
     seconds = time.perf_counter() - begun
     size = sum(p.stat().st_size for p in (root / "planned").rglob("shard-*.arrow"))
     return [
-        Figure(
-            name="time that plan says against what it took",
-            value=plan["seconds"] / seconds,
-            reference=f"took {seconds:.1f} s",
+        _off("time that plan says against what it took", plan["seconds"], seconds, f"took {seconds:.1f} s"),
+        _off(
+            "rate that plan says against what it was", 1 / plan["seconds_per_image"], done["images_per_s"],
+            f"{done['images_per_s']:.3g} images/s",
         ),
-        Figure(
-            name="rate that plan says against what it was",
-            value=1 / plan["seconds_per_image"] / done["images_per_s"],
-            reference=f"{done['images_per_s']:.3g} images/s",
+        _off("disk that plan says against what was written", plan["disk_needed_bytes"], size, f"{size / MB:.0f} MB"),
+        _off(
+            "memory of a worker that plan says against its peak", plan["actor_memory_bytes"],
+            done["peak_worker_bytes"], f"{done['peak_worker_bytes'] / MB:.0f} MB",
         ),
-        Figure(name="disk that plan says against what was written", value=plan["disk_needed_bytes"] / size),
-        Figure(
-            name="memory of a worker that plan says against its peak",
-            value=plan["actor_memory_bytes"] / done["peak_worker_bytes"],
-            reference=f"{done['peak_worker_bytes'] / MB:.0f} MB",
-        ),
-    ]
+    ]  # fmt: skip
+
+
+def _off(name: str, said: float, was: float, reference: str) -> Figure:
+    """How far a forecast was off, up or down: at most a tenth."""
+    ratio = said / was
+    return Figure(
+        name=name, value=100 * abs(ratio - 1), unit="% off", target=10, at_most=True, reference=reference,
+        note=f"said {ratio:.3g} of it",
+    )  # fmt: skip
 
 
 def memory_in_images(root: Path) -> list[Figure]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from brainenc.redact import redact
+
 EXAMPLE = """
 \b
 Example:
@@ -40,6 +42,8 @@ def command(runs: Sequence[str], out: Path, temperature: float, as_json: bool) -
         return
     for i, run in enumerate(runs):
         score = "" if result.test_r is None else f", test r {result.test_r[str(result.runs[i])]:.4f}"
-        click.echo(f"{run}: mean weight {result.shares['lh'][i]:.3f} (lh) {result.shares['rh'][i]:.3f} (rh){score}")
+        click.echo(
+            f"{redact(run)}: mean weight {result.shares['lh'][i]:.3f} (lh) {result.shares['rh'][i]:.3f} (rh){score}"
+        )
     score = "" if result.test_r is None else f" test r {result.test_r['ensemble']:.4f};"
     click.echo(f"{result.out}:{score} submit it with `brainenc submit {result.out}`")

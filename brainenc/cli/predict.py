@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from brainenc.redact import redact
+
 EXAMPLE = """
 \b
 Example:
@@ -26,5 +28,5 @@ def command(run: str, out: Path | None, device: str, as_json: bool) -> None:
 
     with run_to_look_at(run) as folder:
         paths = predict(open_run(folder, device=device), out)
-    written = [str(path).replace(str(folder), run.rstrip("/")) for path in paths]  # where the run is
+    written = [str(path).replace(str(folder), redact(run.rstrip("/"))) for path in paths]  # where the run is
     click.echo(json.dumps(written) if as_json else "\n".join(written))

@@ -6,6 +6,8 @@ import json
 
 import click
 
+from brainenc.redact import redact
+
 EXAMPLE = """
 \b
 Example:
@@ -30,5 +32,5 @@ def command(run: str, as_json: bool) -> None:
         page = write_report(folder)
         picture = accuracy_per_roi(folder) if RunFiles(folder).scores() is not None else None
         names = [path.name for path in (page, picture) if path is not None]
-    written = [f"{run.rstrip('/')}/{name}" for name in names]  # where the run is, not where it was worked on
+    written = [f"{redact(run.rstrip('/'))}/{name}" for name in names]  # where the run is, not where it was worked on
     click.echo(json.dumps(written) if as_json else "\n".join(written))
