@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from brainenc import allocator
 from brainenc.errors import (
     BadImages,
     BrainencError,
@@ -91,8 +90,6 @@ class Extractor:
         self._job, self._guard = job, guard or NullGuard()
         self._should_stop, self._on_batch = should_stop, on_batch
         torch.set_num_threads(job.threads)  # explicit: equal bytes need an equal number of threads
-        if job.device == "cpu":
-            allocator.keep_freed_memory()
         self._store = open_store(job.store, stage=job.stage)
         self._backbone = backbone or load_for(job)
         self._dtype: torch.dtype = getattr(torch, job.dtype)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
+from brainenc import allocator
 from brainenc.errors import ExtractionFailed
 from brainenc.extract.config import ExtractJob
 from brainenc.extract.outcome import ShardOutcome
@@ -123,6 +124,8 @@ def _environment(**variables: str) -> Iterator[None]:
 
 def _work(job: ExtractJob, wanted: tuple[Wanted, ...], uris: tuple[str, ...], started: float) -> Measured:
     """In a process of its own: extract shard after shard into a scratch store until enough time has passed."""
+    if job.device == "cpu":
+        allocator.keep_freed_memory()  # as the worker will
     from brainenc.extract.extractor import Extractor
 
     with tempfile.TemporaryDirectory(prefix="be-measure-") as scratch, _peak() as peak:

@@ -28,6 +28,7 @@ from ray.util.annotations import RayDeprecationWarning
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from brainenc import allocator
 from brainenc.addresses import init_options, resolve
 from brainenc.errors import BrainencError, ExtractionFailed
 from brainenc.extract.attempts import AttemptLedger, LedgerState
@@ -244,8 +245,10 @@ class _Actor:
     """What Ray Data calls in each actor: unpacks a task, packs the outcome."""
 
     def __init__(self, job: bytes, ledger: Any, coordinator: CoordinatorAddress | None) -> None:
-        link = RayLink(coordinator) if coordinator else None
-        self._worker = Worker(pickle.loads(job), _RemoteLedger(ledger), name=_actor_name(), link=link)
+        link, work = RayLink(coordinator) if coordinator else None, pickle.loads(job)
+        if work.device == "cpu":
+            allocator.keep_freed_memory()  # this process is for nothing else
+        self._worker = Worker(work, _RemoteLedger(ledger), name=_actor_name(), link=link)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (packed,) = batch["task"]  # one row, one shard, one call
