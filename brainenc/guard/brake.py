@@ -20,6 +20,9 @@ from brainenc.guard.policy import Decision, Meter
 MARGIN = 64 << 20
 """What saving may allocate, besides the largest tensor."""
 _LEAST = 8 << 20
+_WAITS_UNTIL, _WAITS_S = 0.97, 0.1
+"""An update of the weights is waited for while less than this fraction is used and more than these seconds are left:
+an allocation that fails in the middle of it leaves weights of no step, and nothing to save."""
 
 
 class Brake:
@@ -41,8 +44,14 @@ class Brake:
         """The process is held."""
         return self._before is not None
 
-    def adjust(self, decision: Decision, ram: Meter, now: float) -> bool:
+    def adjust(self, decision: Decision, ram: Meter, now: float, *, updating: bool = False) -> bool:
         """Hold when there is no time to reach a boundary, release when memory is no longer critical.
+
+        Args:
+            decision: what was made of the last look.
+            ram: what it saw of main memory.
+            now: seconds.
+            updating: the process is overwriting its weights, which is worth waiting for.
 
         Returns:
             True if it has just been put on.
@@ -50,6 +59,8 @@ class Brake:
         short = (
             decision.meter == "ram" and decision.level == "critical" and (decision.urgent or decision.fraction >= 0.94)
         )
+        if updating and decision.fraction < _WAITS_UNTIL and decision.seconds_left > _WAITS_S:
+            short = False
         if short and not self.on:
             self._since = now
             return self._hold(max(0, ram.limit - ram.used))

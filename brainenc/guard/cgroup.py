@@ -36,6 +36,7 @@ class LimitedGroup:
 
     def __init__(self, version: int, folder: Path, limit: int) -> None:
         self.version, self.folder, self.limit = version, folder, limit
+        self.name = f"cgroup v{version} {folder}"
         self._stat = os.open(folder / "memory.stat", os.O_RDONLY)
         self._kmem = _open(folder / "memory.kmem.usage_in_bytes") if version == 1 else -1
 
@@ -46,7 +47,7 @@ class LimitedGroup:
             host_kernel_share: version 1 says how much kernel memory a group has, not how much of it could be
                 reclaimed; this is the unreclaimable share on the whole host, taken for the group's.
         """
-        stat = b"\n" + os.pread(self._stat, 16384, 0)
+        stat = b"\n" + os.pread(self._stat, 16384, 0) + b"\n"
         if self.version == 1:
             kernel = int(_number(os.pread(self._kmem, 32, 0)) * host_kernel_share) if self._kmem >= 0 else 0
             return _field(stat, b"total_rss") + _field(stat, b"total_shmem") + kernel
@@ -142,9 +143,12 @@ def _inside(point: Path, mount_root: str, path: str) -> Path:
 
 
 def _field(stat: bytes, name: bytes) -> int:
-    """The number after ``name`` in a stat file with a newline put in front; 0 where it is not listed."""
+    """The number after ``name`` in a stat file with newlines put around it; 0 where it is not listed."""
     start = stat.find(b"\n" + name + b" ")
-    return _number(stat[start + len(name) + 2 : start + len(name) + 24]) if start >= 0 else 0
+    if start < 0:
+        return 0
+    start += len(name) + 2
+    return int(stat[start : stat.find(b"\n", start)])
 
 
 def _number(text: bytes) -> int:

@@ -66,6 +66,13 @@ class Hearing:
         if self._watcher is not None:
             self._watcher.tell(**message)
 
+    def wait_for_watcher(self, patience_s: float) -> None:
+        """Until it has said its first word, or so many seconds have passed."""
+        until = time.monotonic() + patience_s
+        while self._watcher is not None and not self._watcher.spoken and time.monotonic() < until:
+            self.listen()
+            time.sleep(0.01)
+
     @property
     def watcher_pid(self) -> int:
         """Of the watcher process; 0 after :meth:`close`."""

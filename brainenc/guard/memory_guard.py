@@ -28,13 +28,14 @@ from typing import Any, Literal, NoReturn, TypeVar
 from brainenc.errors import MemoryRefused, UsageError
 from brainenc.guard import banner
 from brainenc.guard import pytorch as files
-from brainenc.guard.emergency import EmergencyFiles, Saved, Start, describe, disk_speed
+from brainenc.guard.emergency import EmergencyFiles, Saved, Start, describe, save_seconds
 from brainenc.guard.hearing import Hearing
 from brainenc.guard.messages import EXIT_STOPPED_SAFELY, Level, Order, OutOfTime
 from brainenc.guard.place_in_run import SETTLING_S, PlaceInRun
 from brainenc.guard.policy import Escalation, Meter, PolicyConfig, Thresholds, Timing, free_below
 from brainenc.guard.probe import Probe
-from brainenc.guard.watcher import WatcherSettings
+from brainenc.guard.updating import UpdatingFlag
+from brainenc.guard.watcher import DRILL_WAITS_S, WatcherSettings
 from brainenc.units import parse_bytes
 
 T = TypeVar("T")
@@ -203,8 +204,10 @@ class MemoryGuard:
             raise MemoryRefused(n_bytes, free, what)
 
     def drill(self, meter: str, fraction: float, seconds: float = 30.0) -> None:
-        """Pretend that a meter (``"ram"``, ``"gpu0"``) reads ``fraction``: a fire drill on a healthy run."""
+        """Pretend that a meter (``"ram"``, ``"gpu0"``) reads ``fraction``: a fire drill on a healthy run. Waits until
+        there is a watcher to see it."""
         if self._hearing is not None:
+            self._hearing.wait_for_watcher(DRILL_WAITS_S)
             self._hearing.tell(inject={"meter": meter, "fraction": fraction, "seconds": seconds})
 
     @property
@@ -216,9 +219,8 @@ class MemoryGuard:
 
     def __enter__(self) -> MemoryGuard:
         self._hold_reserve()
-        speed = disk_speed(self._files.folder) or 50e6
-        self._save_s = 0.1 + files.payload_bytes(self._objects) * (1 / speed + 1 / 500e6)  # written, hashed, read back
-        self._place.after_update = self._at_once
+        self._save_s = save_seconds(self._files.folder, files.payload_bytes(self._objects))
+        self._place.after_update, self._place.flag = self._at_once, UpdatingFlag()
         self._undo = self._place.hook(self._objects.values())
         self._hearing = Hearing(self._settings, heard=self._hear, act=self._at_once, stop=self._asked_to_stop)
         self._say(banner.resources(self._probe.read(), files.gpu_allocations()))
@@ -252,6 +254,7 @@ class MemoryGuard:
         for undo in self._undo:
             undo()
         self._undo = []
+        self._place.flag.close()
         self._release_reserve()
         self._probe.close()
 
@@ -259,7 +262,7 @@ class MemoryGuard:
         policy = {f.name: getattr(self._config, f.name) for f in dataclasses.fields(self._config)}
         return WatcherSettings(
             thresholds=policy.pop("thresholds"), policy=policy, by_signal=by_signal, timing=self._timing(),
-            brake=self._brake, uuids=list(files.gpus_in_use(self._objects).values()),
+            brake=self._brake, uuids=list(files.gpus_in_use(self._objects).values()), flag=self._place.flag,
         )  # fmt: skip
 
     def _banner(self) -> str:

@@ -135,6 +135,10 @@ class StepGuard(Protocol):
         """A checkpoint is durable at ``path``; or, with ``error``, could not be saved."""
         ...
 
+    def save_takes(self, seconds: float) -> None:
+        """So long a checkpoint takes until it is durable, by what was measured or is to be expected."""
+        ...
+
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """Around the work that can be broken off without harm (forward, backward): only inside it is
         :class:`OutOfTime` raised, and never after it was left."""
@@ -159,6 +163,9 @@ class NullGuard:
         """Always granted."""
 
     def saved(self, *, path: str, step: int, epoch: int, error: str = "") -> None:
+        """Heard by nobody."""
+
+    def save_takes(self, seconds: float) -> None:
         """Heard by nobody."""
 
     def computing(self) -> contextlib.AbstractContextManager[None]:

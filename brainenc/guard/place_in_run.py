@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from brainenc.guard import pytorch as files
+from brainenc.guard.updating import UpdatingFlag
 
 SETTLING_S = 0.02
 """So soon after an update whatever belongs to it is done as well."""
@@ -25,8 +26,8 @@ class PlaceInRun:
         self._updated_at = float("-inf")
         self._ended = False
         self.epoch = self.step = 0
-        self.updating = False
-        """``optimizer.step()`` is running: the weights are of no step."""
+        self.flag = UpdatingFlag(-1)
+        """Up while ``optimizer.step()`` is running: the weights are of no step."""
         self.step_s = 0.5
         self._stepped = False
         self._rng: dict[str, Any] | None = None
@@ -41,8 +42,8 @@ class PlaceInRun:
             self.step_s += 0.2 * (now - self._began - self.step_s)
         if epoch is not None:
             self.epoch = epoch
-        self._began, self.step, self._stepped, self.updating, self._rng = now, step, False, False, None
-        self._ended = False
+        self._began, self.step, self._stepped, self._rng = now, step, False, None
+        self._ended = self.flag.up = False
 
     def end_batches(self, n: int) -> None:
         """All ``n`` batches of the epoch are finished. The epoch is not: evaluation and a scheduler's step may follow,
@@ -55,6 +56,11 @@ class PlaceInRun:
         if self._ended or not if_ended:
             self.epoch, self.step, self._stepped, self._rng, self.epoch_rng = self.epoch + 1, 0, False, None, None
             self._ended = False
+
+    @property
+    def updating(self) -> bool:
+        """The weights are of no step."""
+        return self.flag.up
 
     @property
     def settling(self) -> bool:
@@ -81,9 +87,9 @@ class PlaceInRun:
         return undo
 
     def _before(self, *_: Any) -> None:
-        self.updating = True
+        self.flag.up = True
 
     def _after(self, *_: Any) -> None:
         self._updated_at = time.monotonic()
-        self.updating, self._stepped = False, True
+        self.flag.up, self._stepped = False, True
         self.after_update()

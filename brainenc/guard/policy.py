@@ -9,6 +9,7 @@ Standard library only: the watcher process imports this.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -188,7 +189,14 @@ class Trend:
         return Growth(max(0.0, min(rates)), max(0.0, rates[-1]))
 
     def _at(self, moment: float) -> tuple[float, int]:
-        return min(self._seen, key=lambda seen: abs(seen[0] - moment))
+        """The reading nearest to a moment between the first and the last."""
+        after = bisect_left(self._seen, moment, 1, len(self._seen) - 1, key=_when)
+        before, behind = self._seen[after - 1], self._seen[after]
+        return before if moment - before[0] <= behind[0] - moment else behind
+
+
+def _when(seen: tuple[float, int]) -> float:
+    return seen[0]
 
 
 def classify(meter: Meter, growth: Growth, timing: Timing, config: PolicyConfig, previous: Level = "ok") -> Decision:

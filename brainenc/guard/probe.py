@@ -119,7 +119,7 @@ class Probe:
         if host:
             self._last_host = self._host()
         total, available, share = self._last_host
-        found = [MemoryUse(g.used(share), g.limit, f"cgroup v{g.version} {g.folder}") for g in self._groups]
+        found = [MemoryUse(g.used(share), g.limit, g.name) for g in self._groups]
         return [*found, MemoryUse(total - available, total, "host")]
 
     @property

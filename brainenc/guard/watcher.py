@@ -19,6 +19,7 @@ from typing import Any
 
 from brainenc.guard.brake import own_limit
 from brainenc.guard.policy import Thresholds, Timing
+from brainenc.guard.updating import UpdatingFlag
 from brainenc.guard.watcher_process import read_lines
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ SILENT_S = 5.0
 """A watcher says what it reads once a second: one that was not heard for so long hangs."""
 STARTING_S = 60.0
 """So long the first word may take: Python's own files may lie on a slow network mount."""
+DRILL_WAITS_S = 20.0
+"""A drill waits so long for a watcher that is still starting: a short run would be over before anybody has seen it."""
 _AGAIN_S = 1.0
 
 _PROGRAM = """
@@ -55,6 +58,8 @@ class WatcherSettings:
     """Keep this process from growing while there is no time left: allocations then fail instead."""
     by_signal: bool = False
     """Wake this process's main thread by a signal; else only through the pipe."""
+    flag: UpdatingFlag | None = None
+    """Up while the weights are being overwritten: the brake waits for that."""
 
 
 class Watcher:
@@ -73,6 +78,9 @@ class Watcher:
         self._left: list[subprocess.Popen[bytes]] = []
         """Killed, but not gone yet: what waits for a dead disk cannot even be killed."""
         self._own_limit = own_limit()
+        self._told: dict[str, Any] = {}
+        """What still holds of what it was told: one that is started again must hear it as well."""
+        self._drill_until = float("-inf")
         self._process = self._start()
 
     @property
@@ -91,6 +99,11 @@ class Watcher:
         silent = time.monotonic() - self._heard_at
         return self._process.poll() is None and silent < (SILENT_S if self._spoken else STARTING_S)
 
+    @property
+    def spoken(self) -> bool:
+        """It has started and said so: to be asked after :meth:`read`."""
+        return self._spoken
+
     def read(self) -> list[dict[str, Any]]:
         """What it has said since the last call; at once. ``kind`` is started, reading, decision, overdue."""
         try:
@@ -104,7 +117,13 @@ class Watcher:
 
     def tell(self, **message: Any) -> None:
         """Say something: ``timing``, ``slack``, ``uuids``, ``inject``, ``wake_after``. A watcher that is dead, or hangs
-        and has its pipe full, does not hear; nobody waits for it."""
+        and has its pipe full, does not hear; nobody waits for it. One that is started in its place does."""
+        self._told |= {key: value for key, value in message.items() if key != "wake_after"}
+        if "inject" in message:
+            self._drill_until = time.monotonic() + message["inject"]["seconds"]
+        self._write(message)
+
+    def _write(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):  # shorter than a pipe's atomic write: written whole, or not
             os.write(self._process.stdin.fileno(), json.dumps(message).encode() + b"\n")
@@ -127,7 +146,10 @@ class Watcher:
         )  # fmt: skip
         self._rest = b""
         self._process = self._start()
-        self._heard_at, self._spoken = time.monotonic(), False
+        self._heard_at, self._spoken = now, False
+        if "inject" in self._told:
+            self._told["inject"] = {**self._told["inject"], "seconds": max(0.0, self._drill_until - now)}
+        self._write(self._told)
 
     def close(self) -> None:
         """End the process. It ends by itself when this one does."""
@@ -149,11 +171,12 @@ class Watcher:
 
     def _start(self) -> subprocess.Popen[bytes]:
         number = WAKE_SIGNAL if self._settings.by_signal else 0
+        flag = self._settings.flag.fd if self._settings.flag is not None else -1
         settings = {
             "parent": os.getpid(), "signal": number, "thresholds": asdict(self._settings.thresholds),
             "policy": self._settings.policy, "timing": self._settings.timing._asdict(),
             "brake": self._settings.brake,
-            "uuids": None if self._settings.uuids is None else list(self._settings.uuids),
+            "uuids": None if self._settings.uuids is None else list(self._settings.uuids), "flag": flag,
         }  # fmt: skip
         # -S -s -E: no site-packages, whose start-up files cost more time and memory than everything else here.
         # Elsewhere than on Linux psutil is needed, which lies there.
@@ -161,6 +184,7 @@ class Watcher:
         process = subprocess.Popen(
             [sys.executable, *flags, "-c", _PROGRAM, json.dumps(settings), _ROOT],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+            pass_fds=[flag] if flag >= 0 else [],
             start_new_session=True,  # Ctrl-C and Slurm's signals go to process groups; this one ends after us
         )  # fmt: skip
         assert process.stdin is not None

@@ -22,10 +22,15 @@ from brainenc.guard.messages import Level
 from brainenc.guard.nvml import Nvml
 from brainenc.guard.policy import RANK, Decision, Meter, Policy, PolicyConfig, Thresholds, Timing, sampling_interval
 from brainenc.guard.probe import Probe
+from brainenc.guard.updating import UpdatingFlag
 
 READING_EVERY_S = 1.0
-_HOST_EVERY_S = 0.05
+_HOST_EVERY_S = 0.1
 _GPU_EVERY_S = 0.1
+_JUDGED_EVERY_S = 0.1
+_STILL = 1 / 1000
+"""Of the limit: memory that has not moved by more since it was judged is judged again only after a while. At a look
+every 10 ms, judging costs more than looking."""
 
 
 class Lookout:
@@ -37,13 +42,15 @@ class Lookout:
         send: takes each message to the worker.
         wake: called when the worker must look at its messages now.
         brake: on the worker's growth; None for none.
+        updating: whether the worker is overwriting its weights at this moment.
     """
 
     def __init__(
         self, probe: Probe, policy: Policy, send: Callable[[dict[str, Any]], None], wake: Callable[[], None],
-        brake: Brake | None = None,
+        brake: Brake | None = None, updating: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         self._probe, self._policy, self._send, self._wake, self._brake = probe, policy, send, wake, brake
+        self._updating = updating
         self.timing = Timing()
         self.slack: dict[str, int] = {}
         self._injected: dict[str, tuple[float, float]] = {}
@@ -52,9 +59,12 @@ class Lookout:
         self._gpus: list[Meter] = []
         self._sent: tuple[Level, bool, bool] = ("ok", False, False)
         self._wake_at = float("inf")
+        self._judged = Meter("ram", -1, 0)
+        self._judge_at = float("-inf")
 
     def hear(self, message: dict[str, Any], now: float) -> None:
         """Take one message of the worker: ``timing``, ``slack``, ``uuids``, ``inject`` (a drill), ``wake_after``."""
+        self._judge_at = float("-inf")
         if "timing" in message:
             self.timing = Timing(**message["timing"])
         if "largest" in message and self._brake is not None:
@@ -73,10 +83,12 @@ class Lookout:
     def look(self, now: float) -> float:
         """Look once, tell the worker what it must know, and say how long to sleep."""
         ram = self._ram(now)
+        if now < self._judge_at and abs(ram.used - self._judged.used) <= _STILL * ram.limit:
+            return sampling_interval(ram.used, ram.limit)
         decision = self._policy.look(now, self._pretend(now, [ram, *self._gpu_meters(now)]), self.timing)
         if decision.meter in self._injected:  # a drill jumps, which is no growth: it goes by the boundary, as drills do
             decision = replace(decision, urgent=False, rate=0.0, seconds_left=float("inf"))
-        elif self._brake is not None and self._brake.adjust(decision, ram, now):
+        elif self._brake is not None and self._brake.adjust(decision, ram, now, updating=self._updating()):
             decision = replace(decision, urgent=True)  # it cannot go on as it is: whoever allocates next fails
         self._tell(decision, now)
         if now >= self._wake_at:
@@ -89,6 +101,8 @@ class Lookout:
             self._send(
                 {"kind": "reading", "at": now, "cpu_s": time.process_time(), **self._probe.read(self.slack).to_dict()}
             )
+        if decision.level != "critical":
+            self._judged, self._judge_at = ram, min(now + _JUDGED_EVERY_S, self._wake_at)
         return max(0.0, min(sampling_interval(ram.used, ram.limit), self._wake_at - now))
 
     def _ram(self, now: float) -> Meter:
@@ -166,7 +180,8 @@ def main(settings: dict[str, Any]) -> None:
     """Watch until the worker closes its end or is gone.
 
     Args:
-        settings: ``parent`` pid, ``signal`` number or 0, ``thresholds``, ``policy``, ``uuids``, ``timing``, ``brake``.
+        settings: ``parent`` pid, ``signal`` number or 0, ``thresholds``, ``policy``, ``uuids``, ``timing``, ``brake``,
+            ``flag``: a file that is inherited, of :class:`~brainenc.guard.updating.UpdatingFlag`, or -1.
     """
     parent, number = int(settings["parent"]), int(settings["signal"])
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a stop is the worker's business; this process ends after it
@@ -177,7 +192,8 @@ def main(settings: dict[str, Any]) -> None:
     probe = Probe(pid=parent, nvml=Nvml(uuids=settings["uuids"]))
     outbox = Outbox(1)
     brake = Brake(parent, policy.config.dwell_s) if settings["brake"] else None
-    lookout = Lookout(probe, policy, outbox.send, _waker(parent, number), brake)
+    flag = UpdatingFlag(int(settings["flag"]))
+    lookout = Lookout(probe, policy, outbox.send, _waker(parent, number), brake, lambda: flag.up)
     lookout.hear({"timing": settings["timing"]} if "timing" in settings else {}, 0.0)
     outbox.send({"kind": "started", "at": time.monotonic(), "pid": os.getpid()})
     inbox = _inbox(0)

@@ -25,7 +25,8 @@ from brainenc.guard.hearing import raise_in
 from brainenc.guard.messages import STRENGTH, CheckpointAck, Level, Order, OutOfTime, WorkerReport
 from brainenc.guard.policy import Escalation, Meter, PolicyConfig, Timing
 from brainenc.guard.probe import Probe
-from brainenc.guard.watcher import Watcher, WatcherSettings, wait_readable
+from brainenc.guard.updating import UpdatingFlag
+from brainenc.guard.watcher import DRILL_WAITS_S, Watcher, WatcherSettings, wait_readable
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ class WorkerGuard:
 
         self._ending = threading.Event()
         self._wake_read, self._wake_write = -1, -1
+        self._flag = UpdatingFlag(-1)
         self._watcher: Watcher | None = None
         self._thread: threading.Thread | None = None
 
@@ -170,6 +172,10 @@ class WorkerGuard:
                     self._looked_at = now
         self._wake()
 
+    def save_takes(self, seconds: float) -> None:
+        """What an alarm in time must leave room for; told to the watcher with the next step."""
+        self._timing = Timing(seconds, self._timing.step_s)
+
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
         """Around forward and backward: only inside may the listening thread interrupt."""
@@ -184,12 +190,21 @@ class WorkerGuard:
                 self._computing = False
                 _withdraw(self._owner)  # one that was raised but has not arrived yet
 
-    def updating(self) -> contextlib.AbstractContextManager[None]:
-        """Around ``optimizer.step()``, which lies outside :meth:`computing` and is therefore not interrupted."""
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """Around ``optimizer.step()``, which lies outside :meth:`computing` and is therefore not interrupted; the
+        watcher's brake waits for its end."""
+        self._flag.up = True
+        try:
+            yield
+        finally:
+            self._flag.up = False
 
     def drill(self, meter: str, fraction: float = 0.95, seconds: float = 3600.0) -> None:
-        """Pretend that ``"ram"`` or ``"gpu"`` reads ``fraction``."""
+        """Pretend that ``"ram"`` or ``"gpu"`` reads ``fraction``. Waits until there is a watcher to see it."""
+        until = time.monotonic() + DRILL_WAITS_S
+        while self._watcher is not None and not self._watcher.spoken and time.monotonic() < until:
+            time.sleep(0.01)
         if self._watcher is not None:
             name = "gpu0" if meter == "gpu" else meter
             self._watcher.tell(inject={"meter": name, "fraction": fraction, "seconds": seconds})
@@ -204,10 +219,11 @@ class WorkerGuard:
     def __enter__(self) -> WorkerGuard:
         self._owner = threading.get_ident()
         policy = {f.name: getattr(self.config.policy, f.name) for f in fields(self.config.policy)}
+        self._flag = UpdatingFlag()
         self._watcher = Watcher(
             WatcherSettings(
                 thresholds=policy.pop("thresholds"), policy=policy, timing=self._timing, uuids=self._uuids,
-                brake=self.config.brake,
+                brake=self.config.brake, flag=self._flag,
             )
         )  # fmt: skip
         self._wake_read, self._wake_write = os.pipe()
@@ -239,6 +255,7 @@ class WorkerGuard:
                 os.close(fd)
         self._wake_read = self._wake_write = -1
         self._probe.close()
+        self._flag.close()
 
     # ---- the listening thread
 

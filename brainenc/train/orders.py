@@ -124,6 +124,10 @@ class Hearing:
             source.done()
         self._inner.saved(path=path, step=step, epoch=epoch, error=error)
 
+    def save_takes(self, seconds: float) -> None:
+        """Passed on."""
+        self._inner.save_takes(seconds)
+
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """Passed on."""
         return self._inner.computing()

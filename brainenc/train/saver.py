@@ -56,6 +56,8 @@ class Saver:
         published: Callable[[Path], None] = lambda path: None,
     ) -> None:  # fmt: skip
         self.folder, self.snapshots, self.keep = folder, snapshots, keep
+        self.seconds = 0.0
+        """What the last regular checkpoint took until it was durable; 0 before the first."""
         self._copy: StateCopy | None = None
         self._published = published
         self._background = Background("saver")
@@ -88,7 +90,9 @@ class Saver:
         self._background.start(lambda: self._regular(copied, best))
 
     def _regular(self, contents: Contents, best: bool) -> None:
+        started = time.perf_counter()
         path = checkpoint.write(self.folder.checkpoints, contents)
+        self.seconds = time.perf_counter() - started
         position = contents.position
         pointer = {"checkpoint": path.name, "epoch": position.epoch, "step": position.step}
         self.folder.point("last", **pointer)

@@ -19,6 +19,7 @@ from brainenc import allocator, atomic
 from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import HEMISPHERES, Hemisphere
 from brainenc.errors import MemoryRefused
+from brainenc.guard.emergency import save_seconds
 from brainenc.guard.messages import NullGuard, StepGuard
 from brainenc.guard.pytorch import release_gpus
 from brainenc.train import checkpoint, finished, saver
@@ -151,6 +152,7 @@ def _start(
     team = around.team
     state_bytes = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
     around.guard.reserve(state_bytes, "gradients and optimizer state")
+    around.guard.save_takes(save_seconds(writer.folder.checkpoints, state_bytes))
     share = -(-config.batch_size // team.size)
     stepper = Stepper(model, team, step_settings(config), micro_batch=min(share, config.micro_batch or share))
     found = checkpoint.newest(writer.places(), config.id) if team.local_rank == 0 else checkpoint.NOTHING

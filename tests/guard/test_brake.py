@@ -54,8 +54,10 @@ def child():
     child.process.stdout.close()
 
 
-def decision(level, *, urgent=False, fraction=0.9, meter="ram"):
-    return Decision(level=level, meter=meter, used=int(fraction * GB), limit=GB, threshold=0.88, urgent=urgent)
+def decision(level, *, urgent=False, fraction=0.9, meter="ram", left=float("inf")):
+    return Decision(
+        level=level, meter=meter, used=int(fraction * GB), limit=GB, threshold=0.88, urgent=urgent, seconds_left=left
+    )
 
 
 RAM = Meter("ram", int(0.9 * GB), GB)
@@ -85,6 +87,18 @@ def test_it_holds_when_time_is_short_and_releases_after_the_danger(child):
 )  # fmt: skip
 def test_it_holds_only_when_the_machines_memory_is_about_to_be_gone(child, what, held):
     assert Brake(child.process.pid, hold_s=5).adjust(what, RAM, now=0) is held
+
+
+@pytest.mark.parametrize(("fraction", "left", "held"), [(0.9, 0.5, False), (0.9, 0.05, True), (0.98, 0.5, True)])
+def test_an_update_of_the_weights_is_waited_for_while_there_is_time(child, fraction, left, held):
+    """An allocation that fails in the middle of it leaves weights of no step."""
+    brake = Brake(child.process.pid, hold_s=5)
+    short = decision("critical", urgent=True, fraction=fraction, left=left)
+
+    assert brake.adjust(short, RAM, now=0, updating=True) is held
+    assert brake.on is held
+    assert brake.adjust(short, RAM, now=0.01) is not held  # its end is not waited for twice
+    assert brake.on
 
 
 def test_the_margin_never_takes_more_than_half_of_what_is_left(child):

@@ -10,6 +10,7 @@ import pytest
 
 from brainenc.guard import watcher_process
 from brainenc.guard.testing import wait_until
+from brainenc.guard.updating import UpdatingFlag
 from brainenc.guard.watcher import WAKE_SIGNAL, Watcher, WatcherSettings
 
 
@@ -58,6 +59,36 @@ def test_a_watcher_that_is_silent_counts_as_dead_and_is_not_waited_for(watcher, 
     assert watcher.pid != first
     assert wait_until(lambda: any(message["kind"] == "reading" for message in watcher.read()))
     assert watcher.alive
+
+
+def test_one_that_is_started_again_knows_what_its_forerunner_was_told(watcher):
+    """A drill above all: it would have been for nothing."""
+    watcher.tell(wake_after=0.0)
+    watcher.tell(inject={"meter": "ram", "fraction": 0.95, "seconds": 60})
+    watcher.tell(timing={"save_s": 1.0, "step_s": 0.25})
+    os.kill(watcher.pid, signal.SIGKILL)
+    assert wait_until(lambda: watcher.read() is not None and not watcher.alive)
+    watcher.restart()
+    heard = []
+    assert wait_until(lambda: heard.extend(watcher.read()) or any(m["kind"] == "reading" for m in heard))
+
+    (critical,) = [message for message in heard if message.get("level") == "critical"]
+    assert (critical["drill"], critical["needed_s"]) == (True, 1.5 * 1.0 + 0.25)
+    assert not any(message["kind"] == "overdue" for message in heard)  # that waking is over
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the brake is Linux's")
+def test_the_watcher_sees_that_its_worker_updates(tmp_path):
+    """Through a page that both have mapped, in the next instant."""
+    flag = UpdatingFlag()
+    other = UpdatingFlag(os.dup(flag.fd))
+    assert (flag.up, other.up) == (False, False)
+    flag.up = True
+    assert other.up
+    flag.close()
+    flag.up = False  # a hook that outlives the guard
+    assert not other.up
+    os.close(other.fd)
 
 
 def test_one_that_is_still_starting_is_given_time(monkeypatch):
