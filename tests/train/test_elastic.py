@@ -2,8 +2,8 @@
 
 import pytest
 
-from brainenc.train import launch
 from brainenc.train.elastic import possible_workers
+from brainenc.train.on_ray import scaling as ray_scaling
 
 
 def count(nodes) -> int:
@@ -48,9 +48,9 @@ def policy(monkeypatch):
     monkeypatch.setattr(actors, "draining_nodes", lambda: leaving)
     nodes = [{"NodeID": name, "Alive": True, "Resources": {"CPU": 3.0}} for name in "ab"]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(launch, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(ray_scaling, "_LOOK_EVERY_S", 0)
     scaling = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=0)
-    made = launch._staying_policy()(scaling)
+    made = ray_scaling.staying_policy()(scaling)
     monkeypatch.setattr(made, "_maybe_send_resource_request", lambda: None)
     monkeypatch.setattr(made, "_get_reserved_resources", lambda: reserved)
     made.test_leaving, made.test_reserved = leaving, reserved
@@ -83,10 +83,10 @@ def test_another_ray_is_taken_as_it_is_with_a_warning(monkeypatch, caplog):
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.execution import scaling_policy
 
-    assert launch._elastic_trainer() is not TorchTrainer
+    assert ray_scaling.elastic_trainer() is not TorchTrainer
     monkeypatch.delattr(scaling_policy, "ElasticScalingPolicy")
 
-    assert launch._elastic_trainer() is TorchTrainer
+    assert ray_scaling.elastic_trainer() is TorchTrainer
     assert "built otherwise" in caplog.text
 
 
@@ -96,7 +96,7 @@ def test_another_way_of_scaling_is_left_to_ray_with_a_warning(monkeypatch, caplo
 
     given = {}
     monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **more: given.update(more))
-    trainer = launch._elastic_trainer()
+    trainer = ray_scaling.elastic_trainer()
     made = trainer.__new__(trainer)
 
     made._initialize_and_run_controller(scaling_policy="theirs")

@@ -18,7 +18,10 @@ from brainenc.cli.main import run as brainenc
 from brainenc.errors import ProvenanceMismatch, TrainingFailed, UsageError
 from brainenc.train import launch
 from brainenc.train.config import TrainConfig, Workers
-from brainenc.train.launch import _fit, _Stopper, resume, train
+from brainenc.train.launch import resume, train
+from brainenc.train.on_ray import cluster
+from brainenc.train.on_ray.cluster import RayThere
+from brainenc.train.on_ray.fit import Stopper, fit
 from brainenc.train.run_folder import RunFolder
 
 
@@ -195,7 +198,7 @@ def test_a_run_does_not_go_on_where_it_was_but_where_it_is_told(small, tmp_path,
     train(small.config(out, epochs=1, predict=False))
     with open(out / "config.yaml", "a") as file:
         file.write("address: 10.0.0.5:6379\n")
-    monkeypatch.setattr(launch, "_with_ray", lambda config, *rest: joined.append(config.address) or 1 / 0)
+    monkeypatch.setattr(launch, "train_on_ray", lambda config, *rest: joined.append(config.address) or 1 / 0)
 
     for changes in ({}, {"address": "10.0.0.9:6379"}):
         with pytest.raises(ZeroDivisionError):
@@ -216,8 +219,8 @@ def test_a_run_does_not_go_on_where_it_was_but_where_it_is_told(small, tmp_path,
     ],
 )
 def test_workers_follow_from_the_gpus_that_ray_has(device, gpus, workers, each):
-    assert launch.default_workers(device, gpus) == Workers(low=workers, high=workers)
-    assert launch._per_worker(device, gpus) == each
+    assert cluster.default_workers(device, gpus) == Workers(low=workers, high=workers)
+    assert cluster.per_worker(device, gpus) == each
 
 
 def test_gpus_that_are_not_there_yet_are_waited_for_on_a_cluster_and_refused_here(small, tmp_path):
@@ -225,22 +228,22 @@ def test_gpus_that_are_not_there_yet_are_waited_for_on_a_cluster_and_refused_her
     config, two = small.config(tmp_path / "run", device="cuda"), Workers(low=2, high=2)
     each = {"CPU": 1.0, "GPU": 1.0}
 
-    assert "2 are needed" in launch._about_gpus(config, two, each, launch._Ray(gpus=0, may_grow=True))
-    assert launch._about_gpus(config, two, each, launch._Ray(gpus=2, may_grow=True)) == ""
+    assert "2 are needed" in cluster.about_gpus(config, two, each, RayThere(gpus=0, may_grow=True))
+    assert cluster.about_gpus(config, two, each, RayThere(gpus=2, may_grow=True)) == ""
     with pytest.raises(UsageError, match="needs 2 GPUs, and this machine has 1"):
-        launch._about_gpus(config, two, each, launch._Ray(gpus=1, may_grow=False))
+        cluster.about_gpus(config, two, each, RayThere(gpus=1, may_grow=False))
     guess = replace(config, device="auto")
-    assert "--device cuda" in launch._about_gpus(guess, two, {"CPU": 1.0}, launch._Ray(gpus=0, may_grow=True))
-    assert launch._about_gpus(guess, two, {"CPU": 1.0}, launch._Ray(gpus=0, may_grow=False)) == ""
+    assert "--device cuda" in cluster.about_gpus(guess, two, {"CPU": 1.0}, RayThere(gpus=0, may_grow=True))
+    assert cluster.about_gpus(guess, two, {"CPU": 1.0}, RayThere(gpus=0, may_grow=False)) == ""
 
 
 @pytest.mark.ray
 def test_the_cluster_is_asked_for_its_gpus_not_the_driver(small, tmp_path, ray_session, monkeypatch):
     """Torch of the driver would have three; Ray, which was joined, has none."""
-    monkeypatch.setattr(launch, "_gpus_here", lambda: 3)
+    monkeypatch.setattr(cluster, "_gpus_here", lambda: 3)
 
-    with launch._cluster(small.config(tmp_path / "run", address="auto"), None) as there:
-        assert there == launch._Ray(gpus=0, may_grow=True)
+    with cluster.joined(small.config(tmp_path / "run", address="auto"), None) as there:
+        assert there == RayThere(gpus=0, may_grow=True)
 
 
 def test_workers_are_a_number_or_a_range():
@@ -314,9 +317,9 @@ class Failing:
 def test_another_controller_goes_on_where_rays_was_killed(tmp_path, small):
     """Ray's memory monitor kills the controller's helpers first, and the controller then fails for good."""
     trainers, notes = Failing(ControllerError(RuntimeError("a helper died"))), []
-    config, stopper = small.config(tmp_path / "run", max_failures=1), _Stopper(RunFolder(tmp_path / "run"), None)
+    config, stopper = small.config(tmp_path / "run", max_failures=1), Stopper(RunFolder(tmp_path / "run"), None)
 
-    assert _fit(config, trainers, stopper, notes.append) == "fitted"
+    assert fit(config, trainers, stopper, notes.append) == "fitted"
 
     assert trainers.made == 2
     assert "another goes on from the newest checkpoint" in notes[0]
@@ -324,20 +327,20 @@ def test_another_controller_goes_on_where_rays_was_killed(tmp_path, small):
 
 def test_controllers_are_replaced_as_often_as_the_run_allows(tmp_path, small):
     trainers = Failing(*[ControllerError(RuntimeError("a helper died")) for _ in range(3)])
-    config, stopper = small.config(tmp_path / "run", max_failures=2), _Stopper(RunFolder(tmp_path / "run"), None)
+    config, stopper = small.config(tmp_path / "run", max_failures=2), Stopper(RunFolder(tmp_path / "run"), None)
 
     with pytest.raises(TrainingFailed, match=r"a helper died.*--resume"):
-        _fit(config, trainers, stopper, lambda text: None)
+        fit(config, trainers, stopper, lambda text: None)
 
     assert trainers.made == 3
 
 
 def test_no_controller_follows_when_everybody_was_asked_to_stop(tmp_path, small):
     trainers, config = Failing(ControllerError(RuntimeError("gone"))), small.config(tmp_path / "run", max_failures=5)
-    stopper = _Stopper(RunFolder(tmp_path / "run"), None)
+    stopper = Stopper(RunFolder(tmp_path / "run"), None)
     stopper.reason = "the driver received SIGTERM"
 
     with pytest.raises(TrainingFailed, match="gone"):
-        _fit(config, trainers, stopper, lambda text: None)
+        fit(config, trainers, stopper, lambda text: None)
 
     assert trainers.made == 1
