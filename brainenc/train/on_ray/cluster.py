@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,20 @@ class RayThere:
     """Of all nodes that are there now."""
     may_grow: bool
     """It is not this run's own: other machines may belong to it, and an autoscaler may bring more."""
+    head: str = ""
+    """Where its head listens, ``host:port``."""
+
+    @property
+    def lost(self) -> bool:
+        """Nothing listens there any more. Ray itself waits a minute, and then ends this process."""
+        host, _, port = self.head.rpartition(":")
+        if not host:
+            return False
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        except OSError:
+            return True
+        return False
 
 
 @contextmanager
@@ -38,7 +53,7 @@ def joined(config: TrainConfig, workers: Workers | None) -> Iterator[RayThere]:
     import ray
 
     if ray.is_initialized():
-        yield RayThere(gpus=_gpus_of_ray(), may_grow=True)
+        yield RayThere(gpus=_gpus_of_ray(), may_grow=True, head=_head())
         return
     address = resolve(config.address, command="train")
     least = workers.high if workers is not None else _gpus_here()
@@ -46,9 +61,9 @@ def joined(config: TrainConfig, workers: Workers | None) -> Iterator[RayThere]:
         ray.init(**init_options(address, num_cpus=max(os.cpu_count() or 1, least)))
     try:
         if address is None:
-            yield RayThere(gpus=min(_gpus_of_ray(), _gpus_here()), may_grow=False)
+            yield RayThere(gpus=min(_gpus_of_ray(), _gpus_here()), may_grow=False, head=_head())
         else:  # what torch sees here says nothing about other machines
-            yield RayThere(gpus=_gpus_of_ray(), may_grow=True)
+            yield RayThere(gpus=_gpus_of_ray(), may_grow=True, head=_head())
     finally:
         # How the run ended is known and saved: Ray's own handler would turn a late SIGTERM into a failure.
         with signals.handling(lambda number, frame: None):
@@ -106,6 +121,12 @@ def room_without(leaving: Collection[str], workers: Mapping[str, int], each: Map
 
 def _wants_gpu(device: str, gpus: int) -> bool:
     return device.startswith("cuda") if device != "auto" else gpus > 0
+
+
+def _head() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def _gpus_of_ray() -> int:

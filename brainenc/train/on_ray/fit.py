@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,10 +21,13 @@ from brainenc.train.elsewhere import elsewhere
 from brainenc.train.fitting import Outcome
 from brainenc.train.follow import Note, Progress, following
 from brainenc.train.inputs import OpenViews
-from brainenc.train.on_ray.cluster import about_gpus, default_workers, joined, per_worker, room_without
+from brainenc.train.on_ray.cluster import RayThere, about_gpus, default_workers, joined, per_worker, room_without
 from brainenc.train.on_ray.rank import run_rank
 from brainenc.train.on_ray.scaling import elastic_trainer
 from brainenc.train.run_folder import RunFolder
+
+_LOST_AFTER = 3
+"""Looks, a second apart, at a head of Ray that has ended."""
 
 
 def train_on_ray(config: TrainConfig, asked: Workers | None, views: OpenViews, progress: Progress, note: Note) -> Any:
@@ -33,12 +36,13 @@ def train_on_ray(config: TrainConfig, asked: Workers | None, views: OpenViews, p
         each = per_worker(config.device, there.gpus)
         if text := about_gpus(config, workers, each, there):
             note(text)
-        return _fitted(config, workers, each, views, progress, note)
+        return _fitted(config, there, workers, each, views, progress, note)
 
 
 def _fitted(
-    config: TrainConfig, workers: Workers, each: Mapping[str, float], views: OpenViews, progress: Progress, note: Note
-) -> Any:
+    config: TrainConfig, there: RayThere, workers: Workers, each: Mapping[str, float], views: OpenViews,
+    progress: Progress, note: Note,
+) -> Any:  # fmt: skip
     """Train on the Ray that was joined; each worker takes this much of a node."""
     folder = RunFolder(config.out)
     with _coordinator(config, workers, each, note) as coordinator:
@@ -48,11 +52,14 @@ def _fitted(
         # runs in a thread.
         with following(folder, shown, note), signals.asked_to_stop(stopper):
             try:
-                result = fit(config, lambda: _trainer(config, workers, each, views, coordinator), stopper, note)
+                result = fit(
+                    config, lambda: _trainer(config, workers, each, views, coordinator), stopper, note,
+                    lost=lambda: there.lost,
+                )  # fmt: skip
             except Exception as error:
                 # A signal to every process at once ends the workers, or Ray, before they could answer.
                 if stopper.reason and (outcome := _left_behind(config, stopper.reason)) is not None:
-                    note(f"The workers were gone before they could save ({_first_line(error)}).")
+                    note(f"The workers could not answer any more ({_first_line(error)}).")
                     return outcome
                 raise
     outcome = getattr(result, "return_value", None)
@@ -61,7 +68,10 @@ def _fitted(
     return outcome
 
 
-def fit(config: TrainConfig, make_trainer: Callable[[], Any], stopper: Stopper, note: Note) -> Any:
+def fit(
+    config: TrainConfig, make_trainer: Callable[[], Any], stopper: Stopper, note: Note,
+    lost: Callable[[], bool] = lambda: False,
+) -> Any:  # fmt: skip
     """Have Ray train; it begins again by itself when workers die.
 
     Its controller gives up at once, whatever the budget, when Ray's memory monitor has killed one of its helpers: those
@@ -75,7 +85,7 @@ def fit(config: TrainConfig, make_trainer: Callable[[], Any], stopper: Stopper, 
     tries = config.max_failures if config.max_failures >= 0 else sys.maxsize
     while True:
         try:
-            return _in_thread(make_trainer().fit)
+            return _in_thread(make_trainer().fit, lambda: bool(stopper.reason) and lost())
         except WorkerGroupError as error:
             raise _cause(error.worker_failures, config) from error
         except ControllerError as error:
@@ -187,8 +197,12 @@ def _also_metrics(progress: Progress, run: str) -> Progress:
     return show
 
 
-def _in_thread(call: Callable[[], Any]) -> Any:
-    """Call in a thread of its own; signals are handled here meanwhile."""
+def _in_thread(call: Callable[[], Any], lost: Callable[[], bool]) -> Any:
+    """Call in a thread of its own; signals are handled here meanwhile.
+
+    Raises:
+        TrainingFailed: ``lost``, three seconds in a row: who could answer the call is gone.
+    """
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -198,6 +212,11 @@ def _in_thread(call: Callable[[], Any]) -> Any:
             future.set_exception(error)
 
     threading.Thread(target=run, name="fit", daemon=True).start()
+    in_a_row = 0
+    while not wait([future], timeout=1.0).done:
+        in_a_row = in_a_row + 1 if lost() else 0
+        if in_a_row == _LOST_AFTER:
+            raise TrainingFailed("Ray's head has ended")
     return future.result()
 
 
