@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -344,3 +345,36 @@ def test_no_controller_follows_when_everybody_was_asked_to_stop(tmp_path, small)
         fit(config, trainers, stopper, lambda text: None)
 
     assert trainers.made == 1
+
+
+def test_nobody_waits_for_a_ray_whose_head_was_stopped_as_well(tmp_path, small, monkeypatch):
+    """It would wait a minute, and then end this process. One look that fails is not enough."""
+    monkeypatch.setattr("brainenc.train.on_ray.fit._LOST_AFTER", 2)
+    config, stopper = small.config(tmp_path / "run"), Stopper(RunFolder(tmp_path / "run"), None)
+    stopper.reason = "the driver received SIGTERM"
+    trainers, looks = Failing(), iter([True, False, True, True])
+    never = threading.Event()
+    trainers.fit = never.wait
+
+    with pytest.raises(TrainingFailed, match="head has ended"):
+        fit(config, trainers, stopper, lambda text: None, lost=lambda: next(looks))
+
+    assert next(looks, None) is None
+    never.set()
+
+
+def test_a_head_that_does_not_answer_is_none_of_a_drivers_business_before_it_is_asked_to_stop(tmp_path, small):
+    config, stopper = small.config(tmp_path / "run"), Stopper(RunFolder(tmp_path / "run"), None)
+    trainers = Failing()
+    trainers.fit = lambda: time.sleep(1.1) or "fitted"
+
+    assert fit(config, trainers, stopper, lambda text: None, lost=lambda: pytest.fail("it was asked")) == "fitted"
+
+
+def test_a_head_is_lost_when_nothing_listens_there():
+    listening = socket.create_server(("127.0.0.1", 0))
+    there = RayThere(gpus=0, may_grow=True, head=f"127.0.0.1:{listening.getsockname()[1]}")
+    assert not there.lost
+    listening.close()
+    assert there.lost
+    assert not RayThere(gpus=0, may_grow=True).lost
