@@ -102,8 +102,9 @@ def _small_backbone(folder: Path, *, seed: int) -> str:
 def check_command(folder: Path, as_json: bool) -> int:
     """Is DIR a usable subject folder, and what is missing? Exit code 0 if it is, 1 if not. Reads all responses."""
     from brainenc.datasets.check import check
+    from brainenc.featurestore.places import may_be_mapped
 
-    result = check(folder)
+    result = check(folder, mapped=may_be_mapped(folder))
     if as_json:
         click.echo(json.dumps(result.to_dict()))
     else:

@@ -19,7 +19,14 @@ from brainenc.extract.features import Feature
 from brainenc.extract.images import open_image
 from brainenc.extract.machines import Machines
 from brainenc.extract.plan import ShardTask, Voucher, Wanted, choose_rows_per_shard, outstanding
-from brainenc.extract.reading import content_hash, image_from_pixels, read_bytes, read_pixels
+from brainenc.extract.reading import (
+    absolute,
+    absolute_backbone,
+    content_hash,
+    image_from_pixels,
+    read_bytes,
+    read_pixels,
+)
 from brainenc.extract.site import Here, Site
 from brainenc.extract.sources import list_sources
 from brainenc.featurestore.collection import Collection
@@ -74,7 +81,8 @@ class Survey:
         """What workers need to know."""
         c = self.config
         return ExtractJob(
-            store=c.store, backbone=c.backbone, slug=c.slug, size_policy=c.size_policy, image_size=c.image_size,
+            store=absolute(c.store), backbone=absolute_backbone(c.backbone), slug=c.slug,
+            size_policy=c.size_policy, image_size=c.image_size,
             device=self.device, threads=self.threads, decode_threads=self.decode_threads, compute=c.compute,
             dtype=c.dtype, on_bad_image=c.on_bad_image, stage=c.stage, node_store=c.node_store, guard=c.guard,
             donors=dict(self.donors), image_shapes=dict(self.image_shapes),
@@ -238,9 +246,9 @@ def _settled(
 ) -> int:  # fmt: skip
     """A measured micro-batch."""
     job = ExtractJob(
-        store=config.store, backbone=config.backbone, slug=config.slug, size_policy=config.size_policy,
-        image_size=config.image_size, device=device, threads=threads, decode_threads=1, compute=config.compute,
-        dtype=config.dtype, on_bad_image=config.on_bad_image,
+        store=absolute(config.store), backbone=absolute_backbone(config.backbone), slug=config.slug,
+        size_policy=config.size_policy, image_size=config.image_size, device=device, threads=threads, decode_threads=1,
+        compute=config.compute, dtype=config.dtype, on_bad_image=config.on_bad_image,
     )  # fmt: skip
     return site.settle_micro_batch(job, image_shape, [str(f) for f in features])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -33,6 +34,17 @@ T = TypeVar("T")
 def is_url(location: str) -> bool:
     """Whether fsspec has to fetch it."""
     return "://" in location
+
+
+def absolute(location: str) -> str:
+    """For processes that start in another folder, as a cluster's workers do: a local path in full, a URL as it is."""
+    return location if is_url(location) else os.path.abspath(location)
+
+
+def absolute_backbone(name: str) -> str:
+    """The same of a backbone, where it, or what stands behind a preset's ``@``, is a folder here."""
+    preset, at, folder = name.rpartition("@")
+    return f"{preset}{at}{os.path.abspath(folder)}" if os.path.isdir(folder) else name
 
 
 def filesystem(url: str) -> tuple[Any, str]:

@@ -138,7 +138,8 @@ class DiskCache:
             fcntl.flock(fd, fcntl.LOCK_EX)
             while True:
                 try:
-                    os.posix_fallocate(fd, 0, max(1, size))
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(fd, 0, max(1, size))
                     os.ftruncate(fd, size)
                     return fd
                 except OSError as error:

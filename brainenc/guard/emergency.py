@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,28 +145,28 @@ class EmergencyFiles:
         return left
 
 
+EXPECTED_AT_MOST_S = 5.0
+"""An expectation that is far too long makes alarms of what is none: growth that would be harmless."""
+
+
 def disk_speed(folder: Path, n_bytes: int = 4 << 20) -> float:
     """Bytes a second that ``folder`` takes durably, measured with a small file; 0 where nothing can be written."""
-    path = folder / f".brainenc-speed-{os.getpid()}"
     data = os.urandom(1 << 16) * (n_bytes >> 16)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
-        with open(path, "xb", buffering=0) as file:
+        with tempfile.NamedTemporaryFile(prefix=".brainenc-speed-", dir=folder, buffering=0) as file:
+            start = time.perf_counter()
             file.write(data)
             os.fsync(file.fileno())
-        return n_bytes / (time.perf_counter() - start)
+            return n_bytes / (time.perf_counter() - start)
     except OSError:
         return 0.0
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
 
 
 def save_seconds(folder: Path, n_bytes: int) -> float:
     """What to expect of a file of so many bytes before one was written: written at the disk's speed, hashed and read
-    back at 500 MB/s."""
-    return 0.1 + n_bytes * (1 / (disk_speed(folder) or 50e6) + 1 / 500e6)
+    back at 500 MB/s; at most :data:`EXPECTED_AT_MOST_S`, because a small file on a disk far away tells little."""
+    return min(EXPECTED_AT_MOST_S, 0.1 + n_bytes * (1 / (disk_speed(folder) or 50e6) + 1 / 500e6))
 
 
 def _epoch(path: Path) -> int:

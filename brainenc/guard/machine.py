@@ -18,7 +18,7 @@ from brainenc.units import format_bytes
 
 GB = 1_000_000_000
 _PACKAGES = ("ray", "torch", "transformers", "open_clip_torch", "timm", "numpy", "pyarrow")
-_STAGED = ("fuse", "fuse.drive", "fuse.gcsfuse", "fuse.s3fs", "fuse.rclone", "fuse.sshfs", "nfs", "nfs4", "cifs", "9p")
+_NETWORK = ("nfs", "cifs", "smb", "9p", "lustre", "gpfs", "beegfs", "ceph", "afs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +120,12 @@ def file_system(path: str | os.PathLike[str]) -> str:
 
 def _folder_troubles(folder: Folder) -> list[str]:
     found = []
-    if folder.file_system.startswith(_STAGED):
+    if folder.file_system.startswith(_NETWORK):
+        found.append(
+            f"{folder.path} lies on {folder.file_system}, a network file system: a store there is written and read in "
+            "place but not mapped, which is slower. --stage reads it through a cache on this machine's own disk."
+        )
+    if folder.file_system.startswith("fuse"):
         found.append(
             f"{folder.path} lies on {folder.file_system}, which has no real flush: a store there is used through "
             "local copies, and what was handed over counts as staged until a later run has seen it again."

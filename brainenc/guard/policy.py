@@ -251,6 +251,11 @@ class Policy:
         worst = max((self._one(now, meter, timing) for meter in meters), key=_badness, default=None)
         return worst or Decision(level="ok", meter="ram", used=0, limit=0, threshold=self.config.thresholds.ram_warn)
 
+    def note(self, now: float, meter: Meter) -> None:
+        """A reading that is not judged, so that growth is known as well as if all were."""
+        if (trend := self._trends.get(meter.name)) is not None:
+            trend.add(now, meter.used)
+
     def _one(self, now: float, meter: Meter, timing: Timing) -> Decision:
         trend = self._trends.setdefault(meter.name, Trend(self.config.window_s))
         trend.add(now, meter.used)

@@ -80,7 +80,8 @@ class Watcher:
         self._own_limit = own_limit()
         self._told: dict[str, Any] = {}
         """What still holds of what it was told: one that is started again must hear it as well."""
-        self._drill_until = float("-inf")
+        self._drills: dict[str, tuple[float, float]] = {}
+        """Meter -> the fraction that it is to read, and until when."""
         self._process = self._start()
 
     @property
@@ -118,9 +119,10 @@ class Watcher:
     def tell(self, **message: Any) -> None:
         """Say something: ``timing``, ``slack``, ``uuids``, ``inject``, ``wake_after``. A watcher that is dead, or hangs
         and has its pipe full, does not hear; nobody waits for it. One that is started in its place does."""
-        self._told |= {key: value for key, value in message.items() if key != "wake_after"}
+        self._told |= {key: value for key, value in message.items() if key not in ("wake_after", "inject")}
         if "inject" in message:
-            self._drill_until = time.monotonic() + message["inject"]["seconds"]
+            drill = message["inject"]
+            self._drills[drill["meter"]] = (drill["fraction"], time.monotonic() + drill["seconds"])
         self._write(message)
 
     def _write(self, message: dict[str, Any]) -> None:
@@ -147,9 +149,9 @@ class Watcher:
         self._rest = b""
         self._process = self._start()
         self._heard_at, self._spoken = now, False
-        if "inject" in self._told:
-            self._told["inject"] = {**self._told["inject"], "seconds": max(0.0, self._drill_until - now)}
         self._write(self._told)
+        for meter, (fraction, until) in self._drills.items():
+            self._write({"inject": {"meter": meter, "fraction": fraction, "seconds": max(0.0, until - now)}})
 
     def close(self) -> None:
         """End the process. It ends by itself when this one does."""

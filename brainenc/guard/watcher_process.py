@@ -84,7 +84,8 @@ class Lookout:
         """Look once, tell the worker what it must know, and say how long to sleep."""
         ram = self._ram(now)
         if now < self._judge_at and abs(ram.used - self._judged.used) <= _STILL * ram.limit:
-            return sampling_interval(ram.used, ram.limit)
+            self._policy.note(now, ram)
+            return max(0.0, min(sampling_interval(ram.used, ram.limit), self._judge_at - now))
         decision = self._policy.look(now, self._pretend(now, [ram, *self._gpu_meters(now)]), self.timing)
         if decision.meter in self._injected:  # a drill jumps, which is no growth: it goes by the boundary, as drills do
             decision = replace(decision, urgent=False, rate=0.0, seconds_left=float("inf"))
@@ -102,7 +103,7 @@ class Lookout:
                 {"kind": "reading", "at": now, "cpu_s": time.process_time(), **self._probe.read(self.slack).to_dict()}
             )
         if decision.level != "critical":
-            self._judged, self._judge_at = ram, min(now + _JUDGED_EVERY_S, self._wake_at)
+            self._judged, self._judge_at = ram, min(now + _JUDGED_EVERY_S, self._gpu_at + _GPU_EVERY_S, self._wake_at)
         return max(0.0, min(sampling_interval(ram.used, ram.limit), self._wake_at - now))
 
     def _ram(self, now: float) -> Meter:
@@ -193,7 +194,7 @@ def main(settings: dict[str, Any]) -> None:
     outbox = Outbox(1)
     brake = Brake(parent, policy.config.dwell_s) if settings["brake"] else None
     flag = UpdatingFlag(int(settings["flag"]))
-    lookout = Lookout(probe, policy, outbox.send, _waker(parent, number), brake, lambda: flag.up)
+    lookout = Lookout(probe, policy, outbox.send, _waker(parent, number), brake, lambda: flag.seen_up)
     lookout.hear({"timing": settings["timing"]} if "timing" in settings else {}, 0.0)
     outbox.send({"kind": "started", "at": time.monotonic(), "pid": os.getpid()})
     inbox = _inbox(0)

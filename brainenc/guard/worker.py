@@ -96,6 +96,8 @@ class WorkerGuard:
         self._owner = threading.get_ident()
         # Written by the loop's thread, read by the listening one.
         self._timing = self.config.timing
+        self._obeyed_s = 0.0
+        """From an order to durable, the last time."""
         self._position = (-1, -1)
         self._ack: CheckpointAck | None = None
         self._beat_at = self._told_at = 0.0
@@ -161,7 +163,8 @@ class WorkerGuard:
                 error=error,
             )  # fmt: skip
             if self._ordered_at and path:
-                self._timing = Timing(now - self._ordered_at, self._timing.step_s)
+                self._obeyed_s = now - self._ordered_at
+                self._timing = Timing(self._obeyed_s, self._timing.step_s)
             self._ordered_at = 0.0
             self._last_saved = max(self._last_saved, step)
             if order is not None and order.kind != "stop":
@@ -173,8 +176,8 @@ class WorkerGuard:
         self._wake()
 
     def save_takes(self, seconds: float) -> None:
-        """What an alarm in time must leave room for; told to the watcher with the next step."""
-        self._timing = Timing(seconds, self._timing.step_s)
+        """What an alarm in time must leave room for, unless more was measured; told to the watcher with a next step."""
+        self._timing = Timing(max(seconds, self._obeyed_s), self._timing.step_s)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:

@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -405,6 +406,26 @@ def _highest(found: Iterable[Found]) -> str | None:
         if whole and perf is not None and perf == perf and manifest.config.get("id", "") == run_id:
             scores[one.folder.name] = (perf, -one.step, not one.emergency)
     return max(scores, key=lambda name: scores[name], default=None)
+
+
+def wait_for_writers(roots: Sequence[Path], *, patience_s: float, still_s: float = 3.0) -> None:
+    """Until nothing is being written below ``roots``: what was begun has got its name, or has not moved for ``still_s``
+    seconds; or so many seconds have passed."""
+    end, seen, since = time.monotonic() + patience_s, None, time.monotonic()
+    while time.monotonic() < end:
+        now = {path: _size(path) for root in roots for path in (*root.glob(".*.partial"), *root.glob(".*.partial/*"))}
+        if now != seen:
+            seen, since = now, time.monotonic()
+        if not now or time.monotonic() - since >= still_s:
+            return
+        time.sleep(0.2)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # it has just got its name
+        return -1
 
 
 def sweep(root: Path) -> None:

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from brainenc.datasets.algonauts import Responses
+from brainenc.datasets.npy import NpyReader, take
 from brainenc.train.features import FeatureLayout
 from brainenc.train.order import Order, Rows, share
 
@@ -72,8 +74,8 @@ class Samples:
     views: Sequence[View]
     feature_rows: Sequence[Rows]
     """For each view, the row of each sample."""
-    responses: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None
-    """Memory maps ``(rows, V_lh)``, ``(rows, V_rh)``; None for a test split."""
+    responses: tuple[Responses, Responses] | None
+    """``(rows, V_lh)``, ``(rows, V_rh)``: memory maps, or files to read; None for a test split."""
     response_rows: Rows
     ids: Sequence[str]
     layout: FeatureLayout
@@ -132,8 +134,7 @@ class _Slot:
                 view.gather(rows[numbers], out=buffer[:n])
             read += buffer[:n].nbytes
         for responses, buffer in zip(samples.responses or (), self._response_arrays, strict=True):
-            # mode="clip" lets NumPy write straight into the buffer; rows were checked when samples were matched.
-            np.take(responses, samples.response_rows[numbers], axis=0, out=buffer[:n], mode="clip")
+            take(responses, samples.response_rows[numbers], buffer[:n])  # rows were checked when samples were matched
             read += buffer[:n].nbytes
         return read
 
@@ -279,8 +280,8 @@ class Loader:
         self.close()
 
 
-def drop_pages(array: npt.NDArray[Any]) -> None:
-    """Take a memory-mapped file's pages out of this process; they stay in the page cache."""
+def drop_pages(array: npt.NDArray[Any] | NpyReader) -> None:
+    """Take a memory-mapped file's pages out of this process; they stay in the page cache. Others have none."""
     mapped: Any = array
     while mapped is not None and not isinstance(mapped, mmap.mmap):
         mapped = getattr(mapped, "_mmap", None) or getattr(mapped, "base", None)

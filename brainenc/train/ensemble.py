@@ -19,6 +19,7 @@ from brainenc import atomic
 from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import FAMILIES, HEMISPHERES, Hemisphere
 from brainenc.errors import DataError, UsageError
+from brainenc.featurestore.places import may_be_mapped
 from brainenc.scoring import mean_r, pearson
 from brainenc.train.run_folder import RunFolder, save_array
 
@@ -144,7 +145,7 @@ def _test_scores(
     combined: Mapping[Hemisphere, Floats],
 ) -> dict[str, float] | None:  # fmt: skip
     try:
-        measured = {h: subject.responses(h, "test") for h in HEMISPHERES}
+        measured = {h: subject.responses(h, "test", mapped=may_be_mapped(subject.folder)) for h in HEMISPHERES}
     except DataError:  # participants do not have them
         return None
     if any(len(measured[h]) != len(combined[h]) for h in HEMISPHERES):

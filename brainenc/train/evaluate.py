@@ -15,6 +15,7 @@ from brainenc import atomic
 from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import HEMISPHERES
 from brainenc.errors import DataError, UsageError
+from brainenc.featurestore.places import may_be_mapped
 from brainenc.scoring import StreamingPearson, pearson
 from brainenc.train.config import TrainConfig
 from brainenc.train.data import Samples
@@ -116,7 +117,8 @@ def evaluate_ridge(run: str | Path, part: Part = "val") -> dict[str, Any] | None
     if part == "val":
         scores: dict[str, Any] = json.loads(folder.scores_file.read_text())
         return table | scores
-    r_lh, r_rh = (pearson(p, subject.responses(h, "test")) for p, h in zip(predicted, HEMISPHERES, strict=True))
+    measured = [subject.responses(h, "test", mapped=may_be_mapped(subject.folder)) for h in HEMISPHERES]
+    r_lh, r_rh = (pearson(p, m) for p, m in zip(predicted, measured, strict=True))
     table |= summarise(r_lh, r_rh, subject)
     _keep(folder, part, table, r_lh, r_rh)
     return table

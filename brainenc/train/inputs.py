@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from brainenc.datasets.algonauts import Subject
+from brainenc.datasets.algonauts import Responses, Subject
 from brainenc.errors import DataError, UsageError
+from brainenc.featurestore.places import may_be_mapped
 from brainenc.featurestore.store import open_store
 from brainenc.train.config import TrainConfig
 from brainenc.train.data import Samples, View
@@ -78,7 +79,7 @@ def open_samples(
     ids = subject.ids(split)
     views = open_views(split)
     wanted = split == "train" if responses is None else responses
-    measured = (subject.responses("lh", split), subject.responses("rh", split)) if wanted else None
+    measured = _responses(subject, split) if wanted else None
     layouts = [
         RowLayout.of(name, view.shape[1:], view.details, split_part(name)[1])
         for name, view in zip(config.features, views, strict=True)
@@ -91,6 +92,12 @@ def open_samples(
         views=views, feature_rows=matched, responses=measured, response_rows=rows, ids=ids,
         layout=FeatureLayout.of(layouts),
     )  # fmt: skip
+
+
+def _responses(subject: Subject, split: Split) -> tuple[Responses, Responses]:
+    """Of both hemispheres: maps where a map is safe, else files that are read as they are sliced."""
+    opened = subject.responses if may_be_mapped(subject.folder) else subject.response_rows
+    return opened("lh", split), opened("rh", split)
 
 
 def _match(ids: Sequence[str], view: View, name: str, subject: Subject, split: Split) -> Rows:
@@ -175,7 +182,7 @@ def provenance(config: TrainConfig, subject: Subject, samples: Samples, n_train:
     return plain
 
 
-def _sampled(array: npt.NDArray[Any]) -> str:
+def _sampled(array: Responses) -> str:
     """Hash of a hemisphere's shape and of rows spread evenly over it: all of a small one, 32 MB of a large one.
 
     Rows in another order or of another measurement are noticed; a change to single rows may not be.

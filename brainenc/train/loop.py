@@ -157,8 +157,8 @@ class Fit:
             self._not_saved(error)
         elif self._saver.succeeded():
             self._unsaved = 0
-            if self._saver.seconds:
-                self._hooks.guard.save_takes(self._saver.seconds)
+        if (seconds := self._saver.took()) is not None:
+            self._hooks.guard.save_takes(seconds)
 
     def _not_saved(self, error: Exception) -> None:
         """One failure is borne, because disks of others come back; then the run ends while it still can be saved.

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from brainenc.datasets.algonauts import Responses
 from brainenc.errors import DataError, UsageError
 from brainenc.train.products import times_transposed
 
@@ -95,14 +96,14 @@ def sum_kernel(chunks: Iterable[Tensor], n: int) -> Tensor:
 
 
 def solve(
-    kernel: Tensor, responses: npt.NDArray[np.float32], rows: Rows, train: Rows, sets: Mapping[str, Rows],
+    kernel: Tensor, responses: Responses, rows: Rows, train: Rows, sets: Mapping[str, Rows],
     config: RidgeConfig,
 ) -> Iterator[Block]:  # fmt: skip
     """Fit each vertex, and predict.
 
     Args:
         kernel: array of shape (n, n), of all stimuli that are trained on or predicted.
-        responses: array of shape (any, V), may be a memory map; read a block of vertices at a time.
+        responses: of shape (any, V), may be a memory map or a file; read a block of vertices at a time.
         rows: for each training stimulus its row in ``responses``; shape (len(train),).
         train: places of the training stimuli in the kernel.
         sets: name -> places of stimuli to predict.
@@ -164,7 +165,7 @@ def _centred(kernel: Tensor, rows: Rows, train: Rows) -> Tensor:
 
 
 def _eigen(
-    kernel: Tensor, responses: npt.NDArray[np.float32], rows: Rows, train: Rows, sets: Mapping[str, Rows],
+    kernel: Tensor, responses: Responses, rows: Rows, train: Rows, sets: Mapping[str, Rows],
     config: RidgeConfig, scale: float,
 ) -> Iterator[Block]:  # fmt: skip
     splits = folds(len(train), config)
@@ -196,7 +197,7 @@ def _add_errors(errors: Tensor, spectrum: _Spectrum, known: Tensor, held_out: Te
 
 
 def _himalaya(
-    kernel: Tensor, responses: npt.NDArray[np.float32], rows: Rows, train: Rows, sets: Mapping[str, Rows],
+    kernel: Tensor, responses: Responses, rows: Rows, train: Rows, sets: Mapping[str, Rows],
     config: RidgeConfig, scale: float,
 ) -> Iterator[Block]:  # fmt: skip
     """All vertices at once, by himalaya's solver. It runs on the CPU: its back end is a global that we leave alone."""
@@ -233,6 +234,6 @@ class _Folds:
         return len(self._splits)
 
 
-def _read(responses: npt.NDArray[np.float32], rows: Rows, part: slice) -> npt.NDArray[np.float32]:
-    """Rows of some vertices, copied from the map."""
-    return np.ascontiguousarray(responses[:, part][rows])
+def _read(responses: Responses, rows: Rows, part: slice) -> npt.NDArray[np.float32]:
+    """Rows of some vertices, copied from the map or the file."""
+    return np.ascontiguousarray(responses[rows, part])

@@ -56,8 +56,7 @@ class Saver:
         published: Callable[[Path], None] = lambda path: None,
     ) -> None:  # fmt: skip
         self.folder, self.snapshots, self.keep = folder, snapshots, keep
-        self.seconds = 0.0
-        """What the last regular checkpoint took until it was durable; 0 before the first."""
+        self._took: float | None = None
         self._copy: StateCopy | None = None
         self._published = published
         self._background = Background("saver")
@@ -92,7 +91,7 @@ class Saver:
     def _regular(self, contents: Contents, best: bool) -> None:
         started = time.perf_counter()
         path = checkpoint.write(self.folder.checkpoints, contents)
-        self.seconds = time.perf_counter() - started
+        self._took = time.perf_counter() - started
         position = contents.position
         pointer = {"checkpoint": path.name, "epoch": position.epoch, "step": position.step}
         self.folder.point("last", **pointer)
@@ -167,6 +166,11 @@ class Saver:
     def succeeded(self) -> bool:
         """Whether something was written in the background since this was asked last."""
         return self._background.succeeded()
+
+    def took(self) -> float | None:
+        """Seconds until a regular checkpoint was durable, if one has become so since this was asked last."""
+        took, self._took = self._took, None
+        return took
 
     def clean(self) -> None:
         """Remove this machine's snapshots: the run is done."""

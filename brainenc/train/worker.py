@@ -152,7 +152,8 @@ def _start(
     team = around.team
     state_bytes = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
     around.guard.reserve(state_bytes, "gradients and optimizer state")
-    around.guard.save_takes(save_seconds(writer.folder.checkpoints, state_bytes))
+    expected = save_seconds(writer.folder.checkpoints, state_bytes) if team.rank == 0 else 0.0
+    around.guard.save_takes(team.broadcast(expected, 0))
     share = -(-config.batch_size // team.size)
     stepper = Stepper(model, team, step_settings(config), micro_batch=min(share, config.micro_batch or share))
     found = checkpoint.newest(writer.places(), config.id) if team.local_rank == 0 else checkpoint.NOTHING

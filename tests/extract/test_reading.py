@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 
 import fsspec
 import h5py
@@ -273,3 +274,18 @@ def test_a_damaged_row_of_a_brick_is_a_bad_image_and_one_too_many_is_absent(bric
     with pytest.raises(FileNotFoundError, match="6 images"):
         reading.read_pixels(reading.hdf5_uri(str(brick), 6))
     assert reading.read_pixels(reading.hdf5_uri(str(brick), 3)).shape == (112, 112, 3)
+
+
+def test_workers_that_start_in_another_folder_find_store_and_backbone(tmp_path, miniature, monkeypatch):
+    """A cluster's workers start where their node's Ray was started."""
+    save_images(tmp_path / "images", 2)
+    monkeypatch.chdir(tmp_path)
+    backbone = os.path.relpath(miniature, tmp_path)
+
+    job = survey(configured("store", "images", backbone)).job
+
+    assert job.store == str(tmp_path / "store")
+    assert job.backbone == str(miniature)
+    assert reading.absolute("gs://lab/features") == "gs://lab/features"
+    assert reading.absolute_backbone("facebook/dinov2-base") == "facebook/dinov2-base"
+    assert reading.absolute_backbone(f"dinov2_q@{backbone}") == f"dinov2_q@{miniature}"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -65,6 +66,7 @@ def test_one_that_is_started_again_knows_what_its_forerunner_was_told(watcher):
     """A drill above all: it would have been for nothing."""
     watcher.tell(wake_after=0.0)
     watcher.tell(inject={"meter": "ram", "fraction": 0.95, "seconds": 60})
+    watcher.tell(inject={"meter": "gpu0", "fraction": 0.5, "seconds": 60})
     watcher.tell(timing={"save_s": 1.0, "step_s": 0.25})
     os.kill(watcher.pid, signal.SIGKILL)
     assert wait_until(lambda: watcher.read() is not None and not watcher.alive)
@@ -77,18 +79,46 @@ def test_one_that_is_started_again_knows_what_its_forerunner_was_told(watcher):
     assert not any(message["kind"] == "overdue" for message in heard)  # that waking is over
 
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the brake is Linux's")
-def test_the_watcher_sees_that_its_worker_updates(tmp_path):
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the brake is Linux's")
+
+
+@linux
+@pytest.mark.parametrize("memfd", [True, False], ids=["memfd", "built for an older system"])
+def test_the_watcher_sees_that_its_worker_updates(monkeypatch, memfd):
     """Through a page that both have mapped, in the next instant."""
+    if not memfd:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
     flag = UpdatingFlag()
     other = UpdatingFlag(os.dup(flag.fd))
-    assert (flag.up, other.up) == (False, False)
+    assert (flag.up, other.seen_up) == (False, False)
     flag.up = True
-    assert other.up
+    assert other.seen_up
     flag.close()
     flag.up = False  # a hook that outlives the guard
-    assert not other.up
+    assert not other.seen_up
     os.close(other.fd)
+
+
+@linux
+def test_a_forked_child_decides_nothing_for_its_parent():
+    flag = UpdatingFlag()
+    flag.up = True
+    if (pid := os.fork()) == 0:
+        flag.up = False
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert (flag.up, flag.seen_up) == (True, True)
+    flag.close()
+
+
+@linux
+def test_a_flag_that_cannot_be_mapped_costs_the_flag_alone():
+    read, write = os.pipe()
+    flag = UpdatingFlag(read)
+    flag.up = True
+    assert flag.up
+    os.close(read)
+    os.close(write)
 
 
 def test_one_that_is_still_starting_is_given_time(monkeypatch):

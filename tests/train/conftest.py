@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from brainenc.datasets import layout
 from brainenc.datasets.rois import ROI_CLASSES
 from brainenc.featurestore.store import open_store
-from brainenc.guard.messages import Order
+from brainenc.guard.messages import NullGuard, Order
 from brainenc.train import checkpoint, prepare, worker
 from brainenc.train.config import TrainConfig
 from brainenc.train.encoders.base import EncoderConfig
@@ -187,7 +187,7 @@ def run_ranks(monkeypatch):
     return run
 
 
-class StopAt:
+class StopAt(NullGuard):
     """A guard that orders something once a step is finished."""
 
     def __init__(self, step: int, kind: str = "stop") -> None:

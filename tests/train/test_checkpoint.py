@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -199,3 +201,31 @@ def test_two_writers_of_one_position_leave_one_whole_checkpoint(tmp_path, monkey
 
     checkpoint.verify(folder)
     assert os.listdir(tmp_path) == ["epoch0_step3"]
+
+
+def test_writers_that_still_move_are_waited_for(tmp_path):
+    """Of a run whose driver has lost its Ray: workers elsewhere save, and what they save is what it goes on from."""
+    partial = tmp_path / ".emergency_epoch1_step7.abc.partial"
+    partial.mkdir()
+
+    def write():
+        for _ in range(5):
+            time.sleep(0.3)
+            with open(partial / "state.pt", "ab") as file:
+                file.write(b"x" * 100)
+        os.rename(partial, tmp_path / "emergency_epoch1_step7")
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    checkpoint.wait_for_writers([tmp_path, tmp_path / "missing"], patience_s=60, still_s=10)
+    assert (tmp_path / "emergency_epoch1_step7").exists()
+    writing.join()
+
+
+def test_writers_that_died_are_not(tmp_path):
+    (tmp_path / ".epoch1_step7.abc.partial").mkdir()
+    (tmp_path / ".epoch1_step7.abc.partial" / "state.pt").write_bytes(b"x")
+
+    checkpoint.wait_for_writers([tmp_path], patience_s=60, still_s=0.5)
+
+    assert (tmp_path / ".epoch1_step7.abc.partial").exists()

@@ -8,7 +8,7 @@ from urllib.request import url2pathname
 
 from brainenc.featurestore.places.base import Capabilities, Entry, Place, ShardCache, check_name
 
-__all__ = ["Capabilities", "Entry", "Place", "ShardCache", "check_name", "is_staged", "open_place"]
+__all__ = ["Capabilities", "Entry", "Place", "ShardCache", "check_name", "is_staged", "may_be_mapped", "open_place"]
 
 
 def open_place(url: str | Path, *, create: bool = False, stage: bool | None = None) -> Place:
@@ -54,6 +54,17 @@ def is_staged(url: str | Path, stage: bool | None = None) -> bool:
     from brainenc.featurestore.places.mount import STAGED_MARK, needs_staging
 
     return (needs_staging(path) or (path / STAGED_MARK).exists()) if stage is None else stage
+
+
+def may_be_mapped(folder: Path) -> bool:
+    """Whether files of a folder may be memory-mapped: not on a network file system, nor on a FUSE mount.
+
+    There an I/O error under a map (a server that is gone, a file that another machine removed) kills the process.
+    """
+    from brainenc.featurestore.places.mount import needs_staging
+    from brainenc.featurestore.places.mountinfo import network_file_system
+
+    return network_file_system(folder) is None and not needs_staging(folder)
 
 
 def local_path(url: str | Path) -> Path | None:

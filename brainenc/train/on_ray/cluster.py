@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Collection, Iterator, Mapping
@@ -33,8 +34,10 @@ class RayThere:
             return False
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-        except OSError:
+        except (ConnectionRefusedError, TimeoutError):
             return True
+        except OSError as error:  # of others this process may be the cause: no files left, no network
+            return error.errno == errno.EHOSTUNREACH
         return False
 
 

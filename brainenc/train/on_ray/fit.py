@@ -30,6 +30,9 @@ _LOST_AFTER = 3
 """Looks, a second apart, at a head of Ray that has ended."""
 
 
+_WRITERS_PATIENCE_S = 40.0
+
+
 def train_on_ray(config: TrainConfig, asked: Workers | None, views: OpenViews, progress: Progress, note: Note) -> Any:
     with joined(config, asked) as there:
         workers = asked or default_workers(config.device, there.gpus)
@@ -177,6 +180,7 @@ def _left_behind(config: TrainConfig, reason: str) -> Outcome | None:
 
     folder = RunFolder(config.out)
     roots = [folder.checkpoints, snapshot_root(folder, config.snapshot_dir), spare_root(folder)]
+    checkpoint.wait_for_writers(roots, patience_s=_WRITERS_PATIENCE_S)  # workers elsewhere may live, and save
     found = checkpoint.newest([root for root in roots if root.is_dir()], config.id)
     if found.manifest is None:
         return None
