@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from brainenc.cli.local_out import LocalOut
 from brainenc.cli.progress import Progress
 
 EXAMPLE = """
@@ -30,7 +31,7 @@ Example:
     help="Without --image: how many, from the first.",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write to  [default: RUN/attention]"
+    "--out", type=LocalOut(path_type=Path), metavar="DIR", help="Folder to write to  [default: RUN/attention]"
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print the files as JSON.")
@@ -38,13 +39,14 @@ def command(
     run: str, part: Any, stimuli: tuple[str, ...], count: int, out: Path | None, device: str, as_json: bool
 ) -> None:
     """Show where each ROI looks: arrays of shape (images, ROIs, rows, columns), and colours on the images."""
+    from brainenc.cli.on_the_fly import views_of_run
     from brainenc.train.attention import maps_of_run, n_files
     from brainenc.train.elsewhere import run_to_look_at
     from brainenc.train.evaluate import open_run
 
     files = []
     with run_to_look_at(run) as folder, Progress("attention", json_lines=as_json) as progress:
-        opened = open_run(folder, device=device)
+        opened = open_run(folder, device=device, open_views=views_of_run(folder))
         chosen = list(stimuli) or opened.subject.ids(part)[:count]
         target = out or opened.folder.path / "attention"
         total = n_files(opened.predictor.model, len(chosen))

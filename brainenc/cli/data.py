@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from brainenc.cli.local_out import LocalOut
 from brainenc.cli.progress import Progress
 
 EXAMPLE = """
@@ -41,7 +42,7 @@ class _Vertices(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gen
 
 @command.command("synth", epilog=EXAMPLE)
 @click.option(
-    "--out", required=True, type=click.Path(file_okay=False, path_type=Path),
+    "--out", required=True, type=LocalOut(file_okay=False, path_type=Path),
     help="The subject's folder if its name is subj01 to subj99; else subj01 is made in it.",
 )  # fmt: skip
 @click.option("--n-train", "--train", type=int, default=400, show_default=True, help="Training images.")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from brainenc.cli.local_out import LocalOut
 from brainenc.cli.progress import Progress
 
 EXAMPLE = """
@@ -20,7 +21,7 @@ Example:
 @click.command(epilog=EXAMPLE)
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=LocalOut(file_okay=False, path_type=Path),
     default=Path("brainenc-demo"),
     show_default=True,
     help="Where to leave the subject, the backbone, the store and the run.",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from brainenc.cli.local_out import LocalOut
 from brainenc.redact import redact
 
 EXAMPLE = """
@@ -20,7 +21,7 @@ Example:
 
 @click.command("ensemble", epilog=EXAMPLE)
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@click.option("--out", required=True, metavar="RUN", type=click.Path(path_type=Path), help="Run folder to make.")
+@click.option("--out", required=True, metavar="RUN", type=LocalOut(path_type=Path), help="Run folder to make.")
 @click.option(
     "--temperature", type=float, default=40.0, show_default=True,
     help="0 weighs runs alike; the larger, the more a vertex's best run counts.",

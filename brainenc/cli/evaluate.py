@@ -28,14 +28,15 @@ Example:
 @click.option("--json", "as_json", is_flag=True, help="Print all scores as JSON.")
 def command(run: str, part: Any, device: str, as_json: bool) -> None:
     """Score a run per hemisphere, ROI and stream, with its best weights."""
+    from brainenc.cli.on_the_fly import views_of_run
     from brainenc.train.elsewhere import run_to_look_at
     from brainenc.train.evaluate import evaluate, evaluate_ridge, open_run
 
     with run_to_look_at(run) as folder, Progress("evaluate", json_lines=as_json) as progress:
         table = evaluate_ridge(folder, part)
         if table is None:
-            opened = open_run(folder, device=device)
-            table = evaluate(opened, part, progress=lambda done, total: progress.update(done, total))
+            opened = open_run(folder, device=device, open_views=views_of_run(folder))
+            table = evaluate(opened, part, progress=progress.update, note=progress.note)
     click.echo(json.dumps(table) if as_json else "\n".join(_lines(table)))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from brainenc.cli.guard_records import history_of, state_of
+from brainenc.cli.local_out import LocalOut
 from brainenc.cli.progress import Progress
 from brainenc.errors import BrainencError, UsageError
 from brainenc.guard import banner
@@ -76,7 +77,7 @@ def probe(disks: tuple[str, ...], batch_size: int | None, as_json: bool) -> None
     "--fault", type=click.Choice(["ram", "gpu", "oom", "sigterm"]), default="ram", show_default=True,
     help="What happens in the middle of a small training.",
 )  # fmt: skip
-@click.option("--out", type=click.Path(file_okay=False), help="Keep the files here.")
+@click.option("--out", type=LocalOut(file_okay=False), help="Keep the files here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def drill(fault: str, out: str | None, as_json: bool) -> None:
     """A fire drill on this machine: a small training is struck, saves, exits 75, resumes, and ends bit-equal.

@@ -160,6 +160,38 @@ class _Engine:
             return [found[feature].float().cpu().numpy() for feature in self.resolved]
 
 
+def views_of(subject_dir: str, source: Mapping[str, Any]) -> OnTheFly:
+    """What computes the features that the options of ``train`` mean, as a run keeps them in ``source``.
+
+    Raises:
+        UsageError: options that go together were not all given.
+        UnknownName: as for :func:`on_the_fly`.
+    """
+    backbone = source.get("preset") or source.get("backbone")
+    if not source.get("on_the_fly") or not backbone:
+        raise UsageError("--on-the-fly and --backbone (or --preset) go together; with a --store neither is needed.")
+    return on_the_fly(
+        subject_dir, backbone, source.get("features", ()),
+        size_policy=source.get("size_policy"), image_size=source.get("image_size"),
+    )  # fmt: skip
+
+
+def views_of_run(run: str | Path, subject_dir: str | None = None) -> OnTheFly | None:
+    """What computes the features of a run, as they were computed when it was trained; None: they lie in a store.
+
+    Args:
+        run: its folder, a local one.
+        subject_dir: where the subject lies now; where the run had it when None.
+
+    Raises:
+        UsageError: no run there.
+    """
+    from brainenc.train.run_folder import RunFolder
+
+    config = RunFolder(Path(run).absolute()).config()
+    return views_of(subject_dir or config.subject_dir, config.source) if config.source else None
+
+
 def on_the_fly(
     subject_dir: str, backbone: str, features: Sequence[str], *, size_policy: str | None, image_size: int | None
 ) -> OnTheFly:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from brainenc.cli.local_out import LocalOut
 from brainenc.cli.progress import Progress
 from brainenc.cli.staging import stage_option, tell_handed_over
 from brainenc.datasets.algonauts import Subject
@@ -78,7 +79,7 @@ def cp_command(
 @click.option(
     "--layout", type=click.Choice(["adeli", "npy"]), default="npy", show_default=True, help="Folders to write."
 )
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Parent of the folders.")
+@click.option("--out", type=LocalOut(path_type=Path, file_okay=False), required=True, help="Parent of the folders.")
 @click.option("--test", "test_key", metavar="KEY", help="adeli: the test images' collection [default: ...-test/...].")
 @click.option("--clip", "clip_key", metavar="KEY", help="adeli: features of width 512 for clip_vit_512/.")
 @click.option("--subject", type=click.IntRange(1, 99), help="adeli: the subject's number [default: from the key].")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from brainenc.cli.local_out import LocalOut
 from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import FAMILIES, HEMISPHERES
 from brainenc.datasets.submission import CHALLENGE_SHAPES, SubmissionCheck, check_submission, write_submission
@@ -27,7 +28,7 @@ Example:
 @click.argument("runs", metavar="RUN...", nargs=-1)
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=LocalOut(dir_okay=False, path_type=Path),
     default=Path("submission.zip"),
     show_default=True,
     help="The zip.",

@@ -103,36 +103,25 @@ def _asked(given: dict[str, Any], source: dict[str, Any]) -> tuple[TrainConfig, 
     """The configuration that the options mean, and what computes features on the fly, if anything does."""
     if not source:
         return config_from(given), None
+    from brainenc.cli.on_the_fly import views_of
+
     texts = tuple(given.pop("features", ()))
     config = config_from(given)
-    views = _views(config.subject_dir, {**source, "features": texts})
+    views = views_of(config.subject_dir, {**source, "features": texts})
     return replace(config, features=tuple(views.names()), source={**source, "features": list(texts)}), views
 
 
 def _resume(
     run: str, given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any], banner: Callable[[], None]
 ) -> Any:
+    from brainenc.cli.on_the_fly import views_of_run
     from brainenc.train.launch import resume
-    from brainenc.train.run_folder import RunFolder
 
     if source:
         raise UsageError("A resumed run computes features as it did before: leave out --on-the-fly and its options.")
-    config = RunFolder(absolute(run)).config()
-    views = _views(given.get("subject_dir", config.subject_dir), dict(config.source)) if config.source else None
+    views = views_of_run(run, given.get("subject_dir"))
     banner()
     return resume(run, given, open_views=views, **shown)
-
-
-def _views(subject_dir: str, source: dict[str, Any]) -> Any:
-    from brainenc.cli.on_the_fly import on_the_fly
-
-    backbone = source.get("preset") or source.get("backbone")
-    if not source.get("on_the_fly") or not backbone:
-        raise UsageError("--on-the-fly and --backbone (or --preset) go together; with a --store neither is needed.")
-    return on_the_fly(
-        subject_dir, backbone, source.get("features", ()),
-        size_policy=source.get("size_policy"), image_size=source.get("image_size"),
-    )  # fmt: skip
 
 
 def _banner(given: dict[str, Any], note: Any) -> None:

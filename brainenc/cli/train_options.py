@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from brainenc.cli.local_out import LocalOut
 from brainenc.errors import UsageError
 from brainenc.redact import redact
 from brainenc.units import parse_seconds
@@ -71,7 +72,7 @@ _OPTIONS = [
     click.option("--checkpoint-every", "checkpoint_every_s", metavar="TIME", help="[default: 5min, and each epoch]"),
     click.option("--snapshot-every", "snapshot_every_s", metavar="TIME", help="0: none.  [default: 20s]"),
     click.option(
-        "--snapshot-dir", metavar="DIR",
+        "--snapshot-dir", metavar="DIR", type=LocalOut(file_okay=False),
         help="For snapshots, on each machine's own disk where RUN is on a shared one.  [default: RUN/.snapshots]",
     ),
     click.option("--tracker", "trackers", multiple=True, help="tensorboard, wandb; beside metrics.jsonl."),

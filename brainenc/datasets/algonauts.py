@@ -14,8 +14,12 @@ import numpy.typing as npt
 from brainenc.datasets import layout
 from brainenc.datasets.layout import Split
 from brainenc.datasets.mapping import read_mapping
+from brainenc.datasets.npy import NpyReader, open_rows, read_header
 from brainenc.datasets.rois import HEMISPHERES, ROI_CLASSES, Hemisphere, RoiAtlas, check_hemisphere
 from brainenc.errors import DataError, NotASubject, UnknownName
+
+Responses = npt.NDArray[np.float32] | NpyReader
+"""(n_images, n_vertices): a map or a copy, or a file that is read as it is sliced."""
 
 _ROWS_PER_SCAN = 256
 _SPLITS = ("train", "test")
@@ -64,7 +68,7 @@ class Subject:
     @cached_property
     def n_vertices(self) -> tuple[int, int]:
         """(V_lh, V_rh), from the training responses."""
-        lh, rh = (_map_array(self.folder / layout.responses_file("train", h), ndim=2).shape[1] for h in HEMISPHERES)
+        lh, rh = (_width(self.folder / layout.responses_file("train", h)) for h in HEMISPHERES)
         return lh, rh
 
     def images(self, split: Split) -> list[Path]:
@@ -106,19 +110,44 @@ class Subject:
         Args:
             hemisphere: ``"lh"`` or ``"rh"``.
             split: ``"train"`` or ``"test"``.
-            mapped: memory-map the file. False reads it whole: the choice for a folder on a network mount, where
-                an I/O error under a map kills the process.
+            mapped: memory-map the file. False reads it whole: a choice for a folder on a network mount, where an I/O
+                error under a map kills the process; `response_rows` is another, for large ones.
 
         Raises:
             DataError: not there, not float32, or not one row an image. NaNs are looked for by `require_finite`.
             UnknownName: no such hemisphere or split.
         """
+        path = self._responses_path(hemisphere, split)
+        array = _map_array(path, ndim=2, mapped=mapped)
+        self._check_responses(path, array, split)
+        return array
+
+    def response_rows(self, hemisphere: Hemisphere, split: Split = "train") -> Responses:
+        """The same for a folder on a network mount, in no more memory than what is sliced: ``rows[[5, 3, 8]]``.
+
+        Each slice is read from the file, so that an I/O error is an `OSError` of whoever slices.
+
+        Raises:
+            DataError: as for `responses`.
+            UnknownName: no such hemisphere or split.
+        """
+        path = self._responses_path(hemisphere, split)
+        try:
+            rows = open_rows(path)
+        except (ValueError, EOFError) as error:
+            raise _not_whole(path, error) from error
+        self._check_responses(path, rows, split)
+        return rows
+
+    def _responses_path(self, hemisphere: Hemisphere, split: Split) -> Path:
         check_hemisphere(hemisphere)
         _check_split(split)
         path = self._organisers(layout.responses_file(split, hemisphere))
         if path is None:
             raise DataError(f"{self.folder} has no {split} responses ({layout.responses_file(split, hemisphere)}).")
-        array = _map_array(path, ndim=2, mapped=mapped)
+        return path
+
+    def _check_responses(self, path: Path, array: Responses, split: Split) -> None:
         if array.dtype != np.float32:
             raise DataError(
                 f"{path} holds {array.dtype}, wanted float32. "
@@ -130,15 +159,15 @@ class Subject:
                 f"{path} has {len(array)} rows, but {images[0].parent} has {len(images)} images. Row i belongs to the "
                 "i-th image in sorted order, so that none may be missing on either side; download both again."
             )
-        return array
 
-    def require_finite(self, hemisphere: Hemisphere, split: Split = "train") -> None:
-        """Read all responses once.
+    def require_finite(self, hemisphere: Hemisphere, split: Split = "train", *, mapped: bool = True) -> None:
+        """Read all responses once, through a map or as `response_rows` does.
 
         Raises:
             DataError: NaN or infinite values, with the number of rows and vertices that hold them.
         """
-        rows, vertices = not_finite(self.responses(hemisphere, split))
+        found = self.responses(hemisphere, split) if mapped else self.response_rows(hemisphere, split)
+        rows, vertices = not_finite(found)
         if rows:
             raise DataError(_not_finite_text(self.folder / layout.responses_file(split, hemisphere), rows, vertices))
 
@@ -233,7 +262,7 @@ def _by_folder(folder: Path, names: list[str]) -> list[str]:
     return whole + [name for name in names if name not in absent]
 
 
-def not_finite(array: npt.NDArray[Any]) -> tuple[int, int]:
+def not_finite(array: npt.NDArray[Any] | NpyReader) -> tuple[int, int]:
     """(rows, columns) of a 2-d array that hold a NaN or infinity. Reads blocks of rows, so a map stays a map."""
     rows, columns = 0, np.zeros(array.shape[1], dtype=bool)
     for start in range(0, len(array), _ROWS_PER_SCAN):
@@ -266,12 +295,29 @@ def _list_images(folder: Path) -> list[Path]:
 
 def _map_array(path: Path, *, ndim: int, mapped: bool = True) -> npt.NDArray[Any]:
     try:
+        if mapped:
+            read_header(path)  # says the same of a torn file as readers without a map
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise DataError(f"{path} is no whole NumPy file: {error}. Download or copy it again.") from error
+        raise _not_whole(path, error) from error
     if array.ndim != ndim:
         raise DataError(f"{path} holds an array of shape {array.shape}, wanted {ndim} dimension(s).")
     return array
+
+
+def _width(path: Path) -> int:
+    """Columns of a two-dimensional array, from its header."""
+    try:
+        shape = read_header(path).shape
+    except (ValueError, EOFError) as error:
+        raise _not_whole(path, error) from error
+    if len(shape) != 2:
+        raise DataError(f"{path} holds an array of shape {shape}, wanted 2 dimension(s).")
+    return shape[1]
+
+
+def _not_whole(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is no whole NumPy file: {error}. Download or copy it again.")
 
 
 def _count(n: int, one: str, many: str = "") -> str:

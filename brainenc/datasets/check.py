@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from brainenc.datasets import layout
-from brainenc.datasets.algonauts import Subject, locate, missing_parts
+from brainenc.datasets.algonauts import Responses, Subject, locate, missing_parts
 from brainenc.datasets.layout import Split
 from brainenc.datasets.rois import HEMISPHERES, ROI_CLASSES, Hemisphere
 from brainenc.errors import DataError
@@ -46,8 +47,13 @@ class SubjectCheck:
         return {"usable": self.usable, **asdict(self), "n_vertices": list(self.n_vertices)}
 
 
-def check(folder: str | Path) -> SubjectCheck:
-    """Look at every part of a subject folder, reading all responses once. What is wrong is told, never raised."""
+def check(folder: str | Path, *, mapped: bool = True) -> SubjectCheck:
+    """Look at every part of a subject folder, reading all responses once. What is wrong is told, never raised.
+
+    Args:
+        folder: the subject's, or one that holds exactly one.
+        mapped: memory-map the responses; False reads them as `Subject.response_rows` does.
+    """
     found = locate(Path(folder).expanduser().absolute())
     result = SubjectCheck(folder=str(found))
     missing = missing_parts(found)
@@ -57,7 +63,8 @@ def check(folder: str | Path) -> SubjectCheck:
     subject = Subject(found)
     result.n_train, result.n_test = (len(_images(subject, split)) for split in _SPLITS)
     result.synthetic = (found / layout.TRUTH).exists()
-    for look in (_look_at_images, _look_at_responses, _look_at_rois, _look_at_the_rest):
+    responses = partial(_look_at_responses, mapped=mapped)
+    for look in (_look_at_images, responses, _look_at_rois, _look_at_the_rest):
         result.problems = list(dict.fromkeys([*result.problems, *look(subject, result)]))
     return result
 
@@ -100,10 +107,10 @@ def _look_at_images(subject: Subject, result: SubjectCheck) -> Iterator[str]:
         result.notes.append(f"no test images in {layout.images_dir('test')}: nothing can be predicted for a submission")
 
 
-def _look_at_responses(subject: Subject, result: SubjectCheck) -> Iterator[str]:
+def _look_at_responses(subject: Subject, result: SubjectCheck, *, mapped: bool) -> Iterator[str]:
     for hemisphere in HEMISPHERES:
         try:
-            responses = subject.responses(hemisphere)
+            responses = subject.responses(hemisphere) if mapped else subject.response_rows(hemisphere)
         except DataError as error:
             if (subject.folder / layout.responses_file("train", hemisphere)).exists():
                 yield str(error)
@@ -111,14 +118,14 @@ def _look_at_responses(subject: Subject, result: SubjectCheck) -> Iterator[str]:
         constant = _constant(responses)
         if constant:
             result.notes.append(f"{constant} vertices of {hemisphere} respond the same to every image: they score 0")
-        yield from _told(lambda h=hemisphere: subject.require_finite(h))  # type: ignore[misc]
+        yield from _told(lambda h=hemisphere: subject.require_finite(h, mapped=mapped))  # type: ignore[misc]
 
 
-def _constant(responses: np.ndarray[Any, Any]) -> int:
+def _constant(responses: Responses) -> int:
     """Vertices whose responses are all equal."""
-    same = np.ones(responses.shape[1], dtype=bool)
+    same, first = np.ones(responses.shape[1], dtype=bool), responses[0]
     for start in range(0, len(responses), _ROWS):
-        same &= (responses[start : start + _ROWS] == responses[0]).all(axis=0)
+        same &= (responses[start : start + _ROWS] == first).all(axis=0)
     return int(same.sum())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +23,12 @@ from brainenc.train.data import Samples
 from brainenc.train.encoders.base import RIDGE
 from brainenc.train.inputs import OpenViews, StoredViews, open_samples, read_split, split_samples, usable
 from brainenc.train.predict import Predictor, load_best, predict_batches, predict_samples, write_predictions
+from brainenc.train.published import split_unknown
 from brainenc.train.run_folder import RunFolder, save_array
 from brainenc.train.scores import Floats, summarise
 from brainenc.train.worker import make_model
+
+log = logging.getLogger(__name__)
 
 Part = Literal["val", "train", "test"]
 PARTS: tuple[Part, ...] = ("val", "train", "test")
@@ -74,9 +78,16 @@ def open_run(run: str | Path, *, device: str = "auto", open_views: OpenViews | N
 
 
 def evaluate(
-    opened: OpenRun, part: Part = "val", *, progress: Callable[[int, int], None] = lambda done, total: None
-) -> dict[str, Any]:
+    opened: OpenRun, part: Part = "val", *, progress: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], None] = log.warning,
+) -> dict[str, Any]:  # fmt: skip
     """Score a run; memory does not grow with the number of images.
+
+    Args:
+        opened: the run.
+        part: which of its images.
+        progress: called with the images that are done, and how many there are.
+        note: called with lines for a person.
 
     Returns:
         what :func:`brainenc.train.scores.summarise` says, with ``split``, ``n_images`` and ``checkpoint``.
@@ -84,6 +95,8 @@ def evaluate(
     Raises:
         DataError: the test responses are not there; only the organisers have them.
     """
+    if part != "test" and (warning := split_unknown(opened.folder)):
+        note(warning)
     samples = part_samples(opened, part)
     r_lh, r_rh = correlate(opened, samples, progress)
     table = {"split": part, "n_images": len(samples), "checkpoint": opened.checkpoint}

@@ -42,9 +42,18 @@ class StoredViews:
 
         Raises:
             KeyNotFound: a feature that the store does not have.
+            UsageError: the run has no store.
         """
+        if self.config.store is None and self.config.source:
+            raise UsageError(
+                f"{self.config.out} was trained on features that were computed on the way, and has no store to open. "
+                "The commands compute them again; in Python, give open_views=brainenc.cli.on_the_fly.views_of_run(RUN)."
+            )
         if self.config.store is None:
-            raise UsageError("Training needs --store, or --on-the-fly with --backbone.")
+            raise UsageError(
+                f"{self.config.out} names no feature store: `brainenc train` and `brainenc import-checkpoint` take "
+                "--store, training also --on-the-fly with --backbone."
+            )
         store = open_store(self.config.store)
         return [store[key] for key in keys(self.config, split)]
 
@@ -190,7 +199,7 @@ def _sampled(array: Responses) -> str:
     n_rows = len(array)
     count = max(2, min(n_rows, _SAMPLED_BYTES // max(1, array[:1].nbytes)))
     rows = np.unique(np.linspace(0, n_rows - 1, count).astype(np.int64))
-    return _digest(str(array.shape).encode(), *(np.ascontiguousarray(array[row]).data for row in rows))
+    return _digest(str(array.shape).encode(), np.ascontiguousarray(array[rows]).data)
 
 
 def _digest(*parts: bytes | memoryview) -> str:

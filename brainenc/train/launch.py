@@ -18,7 +18,8 @@ from brainenc.train.encoders.base import RIDGE
 from brainenc.train.follow import Note, Progress
 from brainenc.train.inputs import OpenViews, StoredViews
 from brainenc.train.on_ray.fit import train_on_ray
-from brainenc.train.ridge_run import run_ridge
+from brainenc.train.published import split_unknown
+from brainenc.train.ridge_run import finished_ridge, run_ridge
 from brainenc.train.run_folder import RunFolder
 
 
@@ -98,6 +99,8 @@ def resume(
         prepare.save_split(config, folder)
     asked, config = config, replace(config, split=str(folder.split_file))
     note = note or _ignore
+    if warning := split_unknown(folder):
+        note(warning)
     views = open_views or StoredViews(config)
     prepare.check(config, views, note=note)
     if changes:  # what is refused leaves the run as it was
@@ -138,7 +141,11 @@ def _launch(config: TrainConfig, views: OpenViews, progress: Progress, note: Not
 def _ridge(config: TrainConfig, views: OpenViews, progress: Progress, note: Note) -> TrainResult:
     """The baseline: one process, no steps."""
     try:
-        perf = run_ridge(config, views, progress=progress, note=note)
+        perf = finished_ridge(config, views)
+        if perf is not None:
+            note(f"{config.out} is fitted already, on these data. To fit it again, choose another --out.")
+        else:
+            perf = run_ridge(config, views, progress=progress, note=note)
     except BrainencError as error:
         return _failed(config, error)
     return TrainResult(status="done", run_folder=config.out, epoch=0, step=0, val_perf=perf)

@@ -10,12 +10,14 @@ from typing import Any
 from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import HEMISPHERES
 from brainenc.errors import CheckpointUnusable, ProvenanceMismatch, UsageError
+from brainenc.featurestore.places import may_be_mapped
 from brainenc.train import checkpoint
 from brainenc.train.config import TrainConfig
 from brainenc.train.encoders.base import RIDGE
 from brainenc.train.guarding import thresholds
 from brainenc.train.inputs import OpenViews, open_samples, other_images, provenance, read_split, split_samples, usable
 from brainenc.train.model import check_encoder
+from brainenc.train.published import knows_no_data
 from brainenc.train.run_folder import RunFolder, save_array
 
 _LATER_FIELDS = ("stimuli", "responses")
@@ -43,7 +45,7 @@ def check(config: TrainConfig, open_views: OpenViews, *, note: Callable[[str], N
     if warning := other_images(samples, subject, "train", config.features):
         note(warning)
     for hemisphere in HEMISPHERES:
-        subject.require_finite(hemisphere)
+        subject.require_finite(hemisphere, mapped=may_be_mapped(subject.folder))
     if missing := int((~usable(samples)).sum()):
         note(f"{missing} of {len(samples)} training images have no features in the store and are left out.")
     empty = [
@@ -81,6 +83,8 @@ def _same_data(config: TrainConfig, now: Mapping[str, Any]) -> None:
         with suppress(CheckpointUnusable):
             manifest = checkpoint.read_manifest(found.folder)
             if manifest.config.get("id", "") != config.id:
+                continue
+            if knows_no_data(manifest):
                 continue
             then = manifest.provenance
             compared = [k for k in now if k in then or k not in _LATER_FIELDS]

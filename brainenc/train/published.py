@@ -8,11 +8,13 @@ entries are left out when a checkpoint is read, and made up (zeros) when one is 
 from __future__ import annotations
 
 import argparse
+import logging
 import pickle
 import re
 import struct
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,17 @@ from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.mapping import read_mapping
 from brainenc.datasets.rois import ALIASES, HEMISPHERES, ROI_CLASSES, RoiAtlas, RoiQueries
 from brainenc.errors import CheckpointUnusable, NotASubject, UnknownName
-from brainenc.train.checkpoint import Contents, Position, check_keys, write
+from brainenc.train.checkpoint import Contents, Manifest, Position, check_keys, list_checkpoints, read_manifest, write
 from brainenc.train.config import TrainConfig
+from brainenc.train.inputs import read_split
 from brainenc.train.model import ENCODERS, BrainEncoder, EncoderConfig, build_encoder
-from brainenc.train.run_folder import RunFolder
+from brainenc.train.order import split_indices
+from brainenc.train.run_folder import RunFolder, save_array
 
+log = logging.getLogger(__name__)
+
+_ORIGIN = "published"
+"""In the provenance of an imported checkpoint: the name of its file. Nothing else is known of what it learned from."""
 _UNUSED = re.compile(r"(backbone|transformer\.(encoder|memory_proj|decoder\.layers\.\d+\.self_attn)\b)")
 _UNUSED_BY = {
     "custom_transformer": re.compile(r".*\.(cross_attn\.(c_attn|v_proj)|norm1|norm2)\."),
@@ -75,7 +83,7 @@ def load_published(checkpoint: str | Path, subject_dir: str | Path) -> BrainEnco
 
 def import_published(
     checkpoint: str | Path, subject_dir: str | Path, out: str | Path, *, store: str | None = None,
-    features: Sequence[str] = (),
+    features: Sequence[str] = (), split: str | Path | None = None, note: Callable[[str], None] = log.warning,
 ) -> dict[str, Any]:  # fmt: skip
     """Make a run folder of ours from a published checkpoint.
 
@@ -88,13 +96,18 @@ def import_published(
         out: run folder to make.
         store: where the features lie that it will be used with.
         features: as for training.
+        split: the ``idxs.npy`` of the published run. Without it nobody knows which images the checkpoint left out, and
+            a split is drawn by the seed, whose validation images are mostly those that it was trained on.
+        note: called with lines for a person.
 
     Returns:
-        what was imported: ``run, encoder, readout, epoch, val_perf, n_parameters``.
+        what was imported: ``run, encoder, readout, epoch, val_perf, n_parameters, split``.
 
     Raises:
         CheckpointUnusable: as :func:`load_published`.
         UsageError: ``out`` holds a run already.
+        DataError: ``split`` holds no permutation of the subject's training images; nothing was written.
+        NotASubject: for a ``split`` the subject must be whole, its ROI masks alone do not say how many images it has.
     """
     found = read_published(checkpoint)
     config = config_of(found)
@@ -103,21 +116,56 @@ def import_published(
     run = TrainConfig(
         subject_dir=str(Path(subject_dir).absolute()), out=str(folder.path), encoder=config, features=tuple(features),
         store=None if store is None else store if "://" in store else str(Path(store).absolute()),
+        split=None if split is None else str(Path(split).absolute()),
     )  # fmt: skip
-    origin = {"published": found.path.name, "epoch": found.epoch, "val_perf": found.val_perf}
+    indices = None if split is None else read_split(run, len(Subject.open(subject_dir).images("train")))
+    origin = {_ORIGIN: found.path.name, "epoch": found.epoch, "val_perf": found.val_perf}
     contents = Contents(
         position=Position(step=0, epoch=0, best=found.val_perf, val_perf=found.val_perf),
         weights=model.state_dict, optimizer={"state": {}},
         config=run.to_public_dict(), provenance=origin,
     )  # fmt: skip
     folder.create(run)
+    if indices is not None:
+        save_array(folder.split_file, indices)
     written = write(folder.checkpoints, contents)
     for name in ("last", "best"):
         folder.point(name, checkpoint=written.name, epoch=0, step=0, val_perf=found.val_perf)
+    if warning := split_unknown(folder):
+        note(warning)
     return {
         "run": str(folder.path), "encoder": config.encoder, "readout": config.readout, "epoch": found.epoch,
-        "val_perf": found.val_perf, "n_parameters": sum(p.numel() for p in model.parameters()),
+        "val_perf": found.val_perf, "n_parameters": sum(p.numel() for p in model.parameters()), "split": run.split,
     }  # fmt: skip
+
+
+def split_unknown(folder: RunFolder) -> str:
+    """What to say of a run that was imported without the split of its checkpoint; empty for all others."""
+    config = folder.config()
+    found = [checkpoint.folder for checkpoint in list_checkpoints(folder.checkpoints)]
+    if config.split is not None or not any(map(_is_imported, found)):
+        return ""
+    if folder.split_file.exists():  # drawn when the run was resumed, unless somebody put the published one there
+        indices = np.load(folder.split_file, allow_pickle=False)
+        if not np.array_equal(indices, split_indices(len(indices), config.seed)):
+            return ""
+    return (
+        f"WARNING: this run was imported without --split. Its validation images are drawn by seed {config.seed} "
+        "and are not those that the published checkpoint left out: it was trained on most of them, and scores on them "
+        "come out too high. Import it again with --split idxs.npy, from the folder of the published run; test images "
+        "are not concerned."
+    )
+
+
+def _is_imported(checkpoint: Path) -> bool:
+    with suppress(CheckpointUnusable, OSError):
+        return knows_no_data(read_manifest(checkpoint))
+    return False
+
+
+def knows_no_data(manifest: Manifest) -> bool:
+    """Whether a checkpoint was imported, so that nothing says what it was trained on."""
+    return _ORIGIN in manifest.provenance
 
 
 def read_published(checkpoint: str | Path) -> PublishedCheckpoint:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from brainenc import atomic
-from brainenc.datasets.algonauts import Subject
+from brainenc.datasets.algonauts import Responses, Subject
 from brainenc.datasets.rois import HEMISPHERES, Hemisphere
 from brainenc.errors import DataError, KeyNotFound
 from brainenc.records import JsonLines
@@ -20,7 +20,7 @@ from brainenc.scoring import pearson
 from brainenc.train.config import TrainConfig
 from brainenc.train.data import Samples
 from brainenc.train.features import RowLayout
-from brainenc.train.inputs import OpenViews, open_samples, read_split, split_samples, usable
+from brainenc.train.inputs import OpenViews, open_samples, provenance, read_split, split_samples, usable
 from brainenc.train.predict import write_predictions
 from brainenc.train.ridge import RidgeConfig, Rows, solve, sum_kernel
 from brainenc.train.run_folder import RunFolder, save_array
@@ -40,22 +40,68 @@ def run_ridge(
 
     The run folder must be there. Written into it: ``predictions/{lh,rh}_val_corr.npy``, ``{lh,rh}_pred_val.npy`` and,
     where there are test images with features, ``{lh,rh}_pred_test.npy``; ``{lh,rh}_penalties.npy``; ``scores.json``;
-    one record in ``metrics.jsonl``.
+    one record in ``metrics.jsonl``; last of all ``finished.json``.
 
     Returns:
         ``val_perf``.
     """
     folder, subject = RunFolder(config.out), Subject.open(config.subject_dir)
     ridge = ridge or RidgeConfig(seed=config.seed, device=_device(config.device))
-    samples = open_samples(config, subject, open_views)
-    train, val = split_samples(samples, read_split(config, len(samples)))
+    samples, train, val = _training_samples(config, subject, open_views)
     test = _test_samples(config, subject, open_views, note or _ignore)
     parts = [samples.take(train), samples.take(val), *([test] if test is not None else [])]
     kernel = sum_kernel(_chunks(parts, ridge.device), sum(map(len, parts)))
     places = np.split(np.arange(len(kernel)), np.cumsum([len(p) for p in parts])[:-1])
     sets = dict(zip(("val", "test"), places[1:], strict=False))
     results = {h: _fit(kernel, samples, train, places[0], sets, ridge, h) for h in HEMISPHERES}
-    return _write(folder, subject, samples, val, results, progress or _ignore)
+    folder.finished_file.unlink(missing_ok=True)  # what it speaks of is replaced now
+    perf = _write(folder, subject, samples, val, results, progress or _ignore)
+    mark = {"id": config.id, "val_perf": perf, **_made_from(config, subject, samples, (train, val), test)}
+    atomic.replace(folder.finished_file, json.dumps(mark, indent=1).encode() + b"\n")
+    return perf
+
+
+def finished_ridge(config: TrainConfig, open_views: OpenViews) -> float | None:
+    """``val_perf`` of a run that was fitted to the very data that lie there now, with all of its files; else None.
+
+    The mark alone is not believed: scores, correlations, penalties and predictions must be there. A ridge run has no
+    checkpoint that knows its data, so the mark does; fitted again it is where they are others, or where test images
+    can be predicted that were not.
+    """
+    folder, subject = RunFolder(config.out), Subject.open(config.subject_dir)
+    try:
+        said = json.loads(folder.finished_file.read_bytes())
+        scored = json.loads(folder.scores_file.read_bytes())["val_perf"]
+        if said["id"] != config.id or said["val_perf"] != scored:
+            return None
+    except (OSError, ValueError, TypeError, KeyError):  # no mark, or none that can be read
+        return None
+    samples, train, val = _training_samples(config, subject, open_views)
+    test = _test_samples(config, subject, open_views, _ignore)
+    kinds = ["val_corr", "pred_val", "penalties", *(["pred_test"] if test is not None else [])]
+    if not all((folder.predictions / f"{h}_{kind}.npy").exists() for h in HEMISPHERES for kind in kinds):
+        return None
+    now = _made_from(config, subject, samples, (train, val), test)
+    if test is None:  # nothing to predict, or not wanted
+        del now["test"]
+    return float(scored) if now.items() <= said.items() else None
+
+
+def _training_samples(config: TrainConfig, subject: Subject, open_views: OpenViews) -> tuple[Samples, Rows, Rows]:
+    """All training images, and which of them are trained on and which are held out."""
+    samples = open_samples(config, subject, open_views)
+    train, val = split_samples(samples, read_split(config, len(samples)))
+    return samples, train, val
+
+
+def _made_from(
+    config: TrainConfig, subject: Subject, samples: Samples, split: tuple[Rows, Rows], test: Samples | None
+) -> dict[str, Any]:
+    """The data of a run, as plain JSON: what was fitted, and what was predicted (None: no test images)."""
+    return {
+        "train": provenance(config, subject, samples, len(split[0])), "validation_samples": len(split[1]),
+        "test": None if test is None else provenance(config, subject, test, 0),
+    }  # fmt: skip
 
 
 Result = tuple[npt.NDArray[np.float64], dict[str, Floats]]
@@ -102,7 +148,7 @@ def _write(
     return float(table["val_perf"])
 
 
-def _responses(samples: Samples, hemisphere: Hemisphere) -> Floats:
+def _responses(samples: Samples, hemisphere: Hemisphere) -> Responses:
     if samples.responses is None:
         raise DataError("Ridge needs the responses of the training images.")
     return samples.responses[HEMISPHERES.index(hemisphere)]

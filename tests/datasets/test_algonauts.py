@@ -1,5 +1,7 @@
 """Reading a subject folder, and what is said about one that is not whole."""
 
+import errno
+import mmap
 import pickle
 import shutil
 
@@ -49,6 +51,73 @@ def test_responses_are_a_read_only_map_or_a_copy(made):
     assert not mapped.flags.writeable
     assert not isinstance(copied, np.memmap)
     np.testing.assert_array_equal(mapped, copied)
+
+
+def test_responses_are_read_as_they_are_sliced(made, monkeypatch):
+    """Without a map, in every way that they are asked for, and equal to the map."""
+    subject, _ = made
+    mapped = np.array(subject.responses("rh"))
+    monkeypatch.setattr(mmap, "mmap", lambda *_, **__: pytest.fail("mapped"))
+    rows = pickle.loads(pickle.dumps(Subject.open(subject.folder).response_rows("rh")))
+    assert (rows.shape, rows.dtype, len(rows)) == (mapped.shape, mapped.dtype, len(mapped))
+    mask = np.arange(len(mapped)) % 3 == 1
+    keys = [0, -1, slice(5, 40), slice(90, 200), slice(0, 9, 4), slice(3, 3), np.array([7, 0, 7, 95]), mask,
+            (np.array([9, 2]), slice(30, 77)), (slice(4, 8), slice(0, 140)), (5, slice(139, 500))]  # fmt: skip
+    for key in keys:
+        np.testing.assert_array_equal(rows[key], mapped[key], err_msg=str(key))
+    with pytest.raises(IndexError):
+        rows[96]
+    with pytest.raises(IndexError):
+        rows[:, ::2]
+    subject.require_finite("rh", mapped=False)
+
+
+def test_an_array_whose_columns_lie_together_is_read_whole(broken):
+    plain = np.load(broken / LH)
+    np.save(broken / LH, np.asfortranarray(plain))
+    np.testing.assert_array_equal(Subject.open(broken).response_rows("lh")[[3, 1]], plain[[3, 1]])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda a: a[:-1], "has 95 rows, but .* has 96 images"),
+        (lambda a: a.astype(np.float64), "float64, wanted float32"),
+        (lambda a: a[0], r"shape \(120,\), wanted 2 dimensions"),
+    ],
+)
+def test_responses_are_checked_without_a_map_too(broken, change, told):
+    np.save(broken / LH, change(np.load(broken / LH)))
+    with pytest.raises(DataError, match=told):
+        Subject.open(broken).response_rows("lh")
+
+
+def test_a_file_that_is_cut_while_it_is_used_is_an_error_that_names_it(broken):
+    """Under a map it would kill the process."""
+    rows = Subject.open(broken).response_rows("lh")
+    data = (broken / LH).read_bytes()
+    (broken / LH).write_bytes(data[: len(data) // 2])
+    assert rows[0].shape == (120,)
+    with pytest.raises(DataError, match=f"{LH} ends .* bytes before rows that it had"):
+        rows[[2, 90]]
+    with pytest.raises(DataError, match=r"no whole NumPy file: it has .* bytes"):
+        Subject.open(broken).response_rows("lh")
+    (broken / LH).unlink()
+    with pytest.raises(FileNotFoundError, match=LH):
+        rows[0]
+
+
+def test_an_input_error_names_the_file(made, monkeypatch):
+    """The system says only which call failed."""
+    subject, _ = made
+    rows = subject.response_rows("lh")
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(type(rows), "_fill", fail)
+    with pytest.raises(OSError, match=rf"Input/output error: '.*{LH}'"):
+        rows[3:9]
 
 
 def test_a_subject_survives_pickling(made):

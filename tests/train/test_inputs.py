@@ -1,19 +1,29 @@
 """What does not fit together is refused before anything starts, with what was found and what to do."""
 
+import mmap
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
+from brainenc.cli.main import run as brainenc
 from brainenc.datasets import layout
 from brainenc.datasets.algonauts import Subject
 from brainenc.errors import DataError, KeyNotFound, UnknownName, UsageError
 from brainenc.featurestore import Stimulus, StimulusSet
+from brainenc.featurestore.places import mountinfo
 from brainenc.featurestore.store import open_store
 from brainenc.train import prepare
-from brainenc.train.inputs import StoredViews, open_samples, read_split, split_samples
+from brainenc.train.data import Loader
+from brainenc.train.evaluate import evaluate, evaluate_ridge, open_run
+from brainenc.train.inputs import StoredViews, open_samples, provenance, read_split, split_samples
 from brainenc.train.launch import train
+from brainenc.train.order import Order
+from brainenc.train.run_folder import RunFolder
 
 
 def samples_of(config):
@@ -147,3 +157,89 @@ def test_images_of_another_size_than_when_they_were_extracted_are_told(small, tm
     (warning,) = told()
     assert f"2 of {len(images)} train images" in warning
     assert f"{images[3].name} has 104 bytes, it had 103" in warning
+
+
+@pytest.fixture
+def mounted(small, tmp_path, monkeypatch):
+    """A copy of the subject on another mount, by the system's table, and those of its files that are mapped."""
+
+    def mount(kind):
+        subject = shutil.copytree(small.subject_dir, tmp_path / "srv" / "subj01")
+        organisers = subject / "test_split" / "test_fmri"
+        organisers.mkdir()
+        for hemisphere, n_vertices in (("lh", 30), ("rh", 26)):
+            rows = np.random.default_rng(0).normal(size=(5, n_vertices)).astype(np.float32)
+            np.save(organisers / f"{hemisphere}_test_fmri.npy", rows)
+        table = tmp_path / "mountinfo"
+        table.write_text(f"22 1 8:1 / / rw - ext4 /dev/vda1 rw\n31 22 0:32 / {subject.parent} rw - {kind} host:/x rw\n")
+        monkeypatch.setattr(mountinfo, "MOUNTINFO", table)
+        mapped, plain = [], mmap.mmap
+
+        class Told(plain):
+            def __new__(cls, descriptor, *args, **options):
+                path = Path(os.readlink(f"/proc/self/fd/{descriptor}")) if descriptor >= 0 else Path()
+                mapped.extend([path] if subject in path.parents else [])
+                return plain.__new__(cls, descriptor, *args, **options)
+
+        monkeypatch.setattr(mmap, "mmap", Told)
+        return subject, mapped
+
+    return mount
+
+
+@pytest.mark.parametrize("encoder", ["transformer", "ridge"])
+@pytest.mark.parametrize("kind", ["nfs4", "fuse.rclone"])
+def test_responses_behind_a_network_are_never_mapped_and_give_the_same_run(kind, encoder, mounted, small, tmp_path):
+    """A page fault on a mount whose server is gone kills the process; reading rows does not."""
+    subject, mapped = mounted("ext4")
+    settings = {"encoder": {"encoder": encoder}, "subject_dir": str(subject)}
+    train(small.config(tmp_path / "here", **settings))
+    assert mapped, "the test of the test: on a disk they are mapped"
+    shutil.rmtree(subject)
+    subject, mapped = mounted(kind)
+
+    train(small.config(tmp_path / "run", **settings))
+    scored = evaluate_ridge(tmp_path / "run", "test") or evaluate(open_run(tmp_path / "run"), "test")
+    checked = brainenc(["data", "check", str(subject)])
+
+    assert mapped == []
+    assert scored["n_images"] == 5
+    assert checked in (0, 1)  # its images are small
+    here, run = RunFolder(tmp_path / "here"), RunFolder(tmp_path / "run")
+    for name in ("lh_val_corr", "rh_val_corr", "lh_pred_test", "rh_pred_test"):
+        np.testing.assert_array_equal(*(np.load(f.predictions / f"{name}.npy") for f in (here, run)))
+    losses = [[r["loss"] for r in folder.metrics()] for folder in (here, run)]
+    assert losses[0] == losses[1]
+
+
+def test_responses_that_are_cut_off_end_a_run_with_their_file_s_name(mounted, small, tmp_path):
+    """Not with a signal: the loader's error reaches whoever trains."""
+    subject, _ = mounted("nfs4")
+    config = small.config(tmp_path / "run", subject_dir=str(subject))
+    samples = samples_of(config)
+    assert not isinstance(samples.responses[0], np.memmap)
+    file = subject / layout.responses_file("train", "rh")
+    file.write_bytes(file.read_bytes()[:1000])
+
+    with (
+        Loader(samples, Order(n_samples=45, batch_size=8, seed=0)) as loader,
+        pytest.raises(DataError, match=r"rh_training_fmri\.npy ends .* bytes before rows"),
+    ):
+        list(loader.run(0, 6))
+
+
+def test_the_data_of_a_run_are_the_same_with_and_without_a_map(mounted, small, tmp_path):
+    """A run goes on when its subject has moved to a mount: what checkpoints know of the responses is equal."""
+    known = []
+    for kind in ("ext4", "nfs4"):
+        subject, _ = mounted(kind)
+        config = small.config(tmp_path / "run", subject_dir=str(subject))
+        known.append(provenance(config, Subject.open(subject), samples_of(config), 40))
+        shutil.rmtree(subject)
+
+    assert known[0] == known[1]
+    plain = np.load(small.subject_dir / layout.responses_file("train", "lh"))
+    digest = xxhash.xxh3_128(str(plain.shape).encode())
+    for row in plain:
+        digest.update(row.tobytes())
+    assert known[0]["responses"][0] == digest.hexdigest(), "as checkpoints of earlier versions have it"

@@ -1,5 +1,6 @@
 """Features computed while training and features from a store train the same model."""
 
+import json
 import shutil
 
 import numpy as np
@@ -10,9 +11,10 @@ from brainenc.cli.main import run as brainenc
 from brainenc.cli.on_the_fly import OnTheFly
 from brainenc.datasets import layout
 from brainenc.datasets.algonauts import Subject
-from brainenc.errors import UnknownName
+from brainenc.errors import UnknownName, UsageError
 from brainenc.extract.miniature import save_miniature
 from brainenc.featurestore.store import open_store
+from brainenc.train.evaluate import open_run
 from brainenc.train.run_folder import RunFolder
 
 
@@ -76,6 +78,30 @@ def test_a_run_without_a_store_is_resumed_without_saying_how_again(pictures, tmp
     assert brainenc(["train", "--resume", str(out), "--epochs", "4"]) == 0, capsys.readouterr().err
     assert max(r["step"] for r in RunFolder(out).metrics()) == 28
     assert brainenc(["train", "--resume", str(out), "--on-the-fly", "--backbone", str(backbone)]) == 2
+
+
+def test_a_run_without_a_store_is_scored_and_predicts_and_shows_where_it_looks(pictures, tmp_path, monkeypatch, capsys):
+    """As those from a store: features are computed again, as the run's own configuration says."""
+    subject, backbone = pictures
+    out = tmp_path / "run"
+    options = ["--on-the-fly", "--backbone", str(backbone), "--feature", "-1.q"]
+    assert brainenc([*arguments(subject, out), *options]) == 0
+    best = json.loads(RunFolder(out).scores_file.read_text())["val_perf"]
+    predicted = np.load(out / "predictions/lh_pred_test.npy")
+    image = Subject.open(subject).ids("train")[3]
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+
+    assert brainenc(["evaluate", "run", "--json"]) == 0, capsys.readouterr().err
+    scored = json.loads(capsys.readouterr().out)
+    assert brainenc(["predict", "run", "--out", "again"]) == 0, capsys.readouterr().err
+    assert brainenc(["attention", "run", "--image", image, "--out", "maps"]) == 0, capsys.readouterr().err
+
+    assert scored["val_perf"] == pytest.approx(best, abs=1e-5)
+    np.testing.assert_allclose(np.load("again/lh_pred_test.npy"), predicted, atol=1e-5)
+    assert np.load("maps/lh_attention.npy").shape[0] == 1
+    with pytest.raises(UsageError, match="open_views"):
+        open_run(out)
 
 
 def test_a_layer_that_is_not_there_is_said_before_anything_starts(pictures, tmp_path):

@@ -1,15 +1,19 @@
 """Checkpoints of the published code: read, refused, and written back."""
 
 import argparse
+import json
 import pickle
 
 import numpy as np
 import pytest
 import torch
 
+from brainenc.cli.main import run as brainenc
+from brainenc.datasets.algonauts import Subject
 from brainenc.errors import CheckpointUnusable, NotASubject
-from brainenc.train import load_published
-from brainenc.train.published import published_state, read_published
+from brainenc.train import EncoderConfig, build_encoder, load_published
+from brainenc.train.evaluate import open_run, part_samples
+from brainenc.train.published import import_published, published_state, read_published
 from tests.train.parity_cases import CASES, Case, distance
 
 
@@ -250,3 +254,70 @@ def test_families_of_sixteen_queries_use_the_first_of_each_half(case, tmp_path, 
 
     assert model.queries.labels == ("OPA", "PPA", "RSC", "remainder")
     assert torch.equal(model.query_embed.weight, torch.cat([embed[:4], embed[8:12]]))
+
+
+@pytest.fixture
+def imported(small, tmp_path):
+    """The command that imports a checkpoint of the small subject, which has images, responses and features."""
+    config = EncoderConfig(hidden=16, n_heads=2, feedforward=32, dropout=0.0)
+    queries = Subject.open(small.subject_dir).rois.queries("rois_all")
+    state = published_state(build_encoder(config, queries, channels=16, grid=(4, 4)))
+    args = argparse.Namespace(encoder_arch="transformer", readout_res="rois_all", nheads=2, dim_feedforward=32)
+    torch.save({"model": state, "args": args, "epoch": 3, "val_perf": 0.1}, tmp_path / "checkpoint.pth")
+    what = [tmp_path / "checkpoint.pth", "--subject-dir", small.subject_dir]
+    where = ["--store", small.store, "--feature", "tiny/1.q", "--out", tmp_path / "run"]
+    return [str(word) for word in ["import-checkpoint", *what, *where]]
+
+
+def test_an_imported_run_is_scored_on_the_images_that_its_checkpoint_left_out(imported, small, tmp_path, capsys):
+    """`--split` is the published run's own: validation is on its last tenth, also after the file is gone."""
+    indices = np.random.default_rng(5).permutation(45)
+    np.save(tmp_path / "idxs.npy", indices)
+
+    assert brainenc([*imported, "--split", str(tmp_path / "idxs.npy")]) == 0
+    (tmp_path / "idxs.npy").unlink()
+    assert brainenc(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+
+    said = capsys.readouterr()
+    assert "WARNING" not in said.err
+    assert json.loads(said.out.splitlines()[-1])["n_images"] == 5
+    np.testing.assert_array_equal(np.load(tmp_path / "run/idxs.npy"), indices)
+    ids = Subject.open(small.subject_dir).ids("train")
+    samples = part_samples(open_run(tmp_path / "run"), "val")
+    assert samples.ids == [ids[i] for i in indices[40:]]
+
+
+def test_without_a_split_the_scores_are_warned_of(imported, tmp_path, capsys):
+    """At the import, whenever it is scored, and when it is trained on, until somebody brings the split."""
+    run = str(tmp_path / "run")
+    resume = ["train", "--resume", run, "--workers", "0", "--no-guard", "--epochs", "1"]
+
+    for command in (imported, ["evaluate", run], resume, ["evaluate", run]):
+        assert brainenc(command) == 0, command
+        said = capsys.readouterr().err
+        assert said.count("was imported without --split") == 1, command
+        assert "come out too high" in said
+    assert brainenc(["evaluate", run, "--split", "test"]) == 1
+    assert "without --split" not in capsys.readouterr().err, "test images are nobody's training images"
+    np.save(tmp_path / "run/idxs.npy", np.arange(45))
+    assert brainenc(["evaluate", run]) == 0
+    assert "without --split" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("indices", [np.arange(44), np.zeros(45, int)])
+def test_a_split_of_other_images_imports_nothing(imported, tmp_path, capsys, indices):
+    np.save(tmp_path / "idxs.npy", indices)
+
+    assert brainenc([*imported, "--split", str(tmp_path / "idxs.npy")]) == 1
+
+    assert "wanted each of the numbers 0 to 44 once" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_split_wants_the_images_that_it_numbers(case, tmp_path, subject):
+    """ROI masks are enough to import a checkpoint, not to check its split."""
+    np.save(tmp_path / "idxs.npy", np.arange(45))
+
+    with pytest.raises(NotASubject, match="training_images"):
+        import_published(save(tmp_path, case), subject, tmp_path / "run", split=tmp_path / "idxs.npy")
+    assert not (tmp_path / "run").exists()

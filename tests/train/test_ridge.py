@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from brainenc.cli.main import run as brainenc
 from brainenc.errors import DataError, UsageError
 from brainenc.train import ridge, ridge_run
 from brainenc.train.evaluate import open_run
@@ -226,7 +227,6 @@ def test_training_with_the_encoder_ridge_is_the_baseline(small, tmp_path):
 
 def test_its_predictions_are_scored_as_those_of_other_runs(small, tmp_path, capsys):
     """`brainenc evaluate` needs no weights for that."""
-    from brainenc.cli.main import run as brainenc
     from brainenc.datasets import layout
     from brainenc.datasets.algonauts import Subject
 
@@ -251,3 +251,71 @@ def test_its_predictions_are_scored_as_those_of_other_runs(small, tmp_path, caps
     assert lines[lines.index("early") - 1] == "stream"
     assert brainenc(["evaluate", str(tmp_path / "run"), "--split", "train"]) == 2
     assert "of its train images it has none" in capsys.readouterr().err
+
+
+@pytest.fixture
+def command(small, tmp_path):
+    """Trains ridge on a copy of the small subject."""
+    subject = shutil.copytree(small.subject_dir, tmp_path / "subj01")
+    what = ["--subject-dir", subject, "--store", small.store, "--feature", "tiny/1.q:mean", "--encoder", "ridge"]
+    return [str(word) for word in ["train", *what, "--no-guard", "--json", "--out", tmp_path / "run"]]
+
+
+def fits(tmp_path) -> int:
+    """How often it was fitted: each time leaves one record."""
+    return len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
+
+
+def test_a_finished_run_says_so_and_fits_nothing(command, tmp_path, capsys):
+    """As an encoder's: the same command, and `--resume`, give what it reached."""
+    assert brainenc(command) == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for again in (command, ["train", "--resume", str(tmp_path / "run"), "--json"]):
+        assert brainenc(again) == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out.splitlines()[-1]) == first
+        assert "is fitted already" in said.err
+
+    assert first["val_perf"] > 0.6
+    assert fits(tmp_path) == 1
+
+
+def other_responses(subject, run):
+    file = subject / "training_split/training_fmri/lh_training_fmri.npy"
+    np.save(file, np.load(file)[::-1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda subject, run: (run / "predictions/rh_val_corr.npy").unlink(),
+        lambda subject, run: (run / "predictions/lh_pred_test.npy").unlink(),
+        lambda subject, run: (run / "scores.json").unlink(),
+        lambda subject, run: (run / "finished.json").write_text("{"),
+        other_responses,
+    ],
+    ids=["correlations", "predictions", "scores", "torn mark", "other responses"],
+)
+def test_what_is_lost_or_was_fitted_to_other_data_is_fitted_again(command, tmp_path, change):
+    """The mark of a finished run is not believed alone; nor does it speak of data that it does not know."""
+    assert brainenc(command) == 0
+    change(tmp_path / "subj01", tmp_path / "run")
+
+    assert brainenc(command) == 0
+    assert fits(tmp_path) == 2
+    assert brainenc(command) == 0
+    assert fits(tmp_path) == 2, "now it is finished again"
+
+
+def test_test_images_that_can_be_predicted_are(command, tmp_path):
+    """Those that were not wanted at first, and those that came later; where there are none nothing is left to do."""
+    images = tmp_path / "subj01/test_split"
+    assert brainenc([*command, "--no-predict"]) == 0
+    images.rename(tmp_path / "aside")
+    assert brainenc(command) == 0
+    assert fits(tmp_path) == 1
+
+    (tmp_path / "aside").rename(images)
+    assert brainenc(command) == 0
+    assert fits(tmp_path) == 2
+    assert np.load(tmp_path / "run/predictions/lh_pred_test.npy").shape == (5, 30)
