@@ -39,6 +39,7 @@ class LimitedGroup:
         self.name = f"cgroup v{version} {folder}"
         self._stat = os.open(folder / "memory.stat", os.O_RDONLY)
         self._kmem = _open(folder / "memory.kmem.usage_in_bytes") if version == 1 else -1
+        self._charged = _open(folder / ("memory.usage_in_bytes" if version == 1 else "memory.current"))
 
     def used(self, host_kernel_share: float = 1.0) -> int:
         """Bytes that the kernel cannot take back.
@@ -57,6 +58,11 @@ class LimitedGroup:
         )
         return _field(stat, b"anon") + _field(stat, b"shmem") + kernel + _field(stat, b"sock")
 
+    def charged(self) -> int:
+        """Everything that is charged to the group, page cache included; -1 where the kernel does not tell. A tenth of
+        the price of :meth:`used`: one number instead of a page of text."""
+        return int(os.pread(self._charged, 32, 0)) if self._charged >= 0 else -1
+
     def refresh(self) -> None:
         """Read the limit again: ``docker update`` and Slurm change it under a running job."""
         self.limit = read_limit(self.version, self.folder)
@@ -68,10 +74,10 @@ class LimitedGroup:
 
     def close(self) -> None:
         """Close the files."""
-        for fd in (self._stat, self._kmem):
+        for fd in (self._stat, self._kmem, self._charged):
             if fd >= 0:
                 os.close(fd)
-        self._stat = self._kmem = -1
+        self._stat = self._kmem = self._charged = -1
 
 
 def limited_groups(root: Path = Path("/")) -> list[LimitedGroup]:

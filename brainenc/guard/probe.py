@@ -22,6 +22,7 @@ from brainenc.guard.cgroup import LimitedGroup, limited_groups
 from brainenc.guard.nvml import GpuUse, Nvml
 
 _LINUX: bool = sys.platform == "linux"
+_BRIM = 0.97
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -105,6 +106,9 @@ class Probe:
         self._host = host or host_source(root)
         self._nvml = nvml if nvml is not None else Nvml()
         self._last_host = self._host()
+        self._charged: list[int] = []
+        self._found: list[MemoryUse] = []
+        self.levels(host=False)
 
     def ram(self, *, host: bool = True) -> MemoryUse:
         """The level that is closest to its limit.
@@ -119,8 +123,24 @@ class Probe:
         if host:
             self._last_host = self._host()
         total, available, share = self._last_host
-        found = [MemoryUse(g.used(share), g.limit, g.name) for g in self._groups]
-        return [*found, MemoryUse(total - available, total, "host")]
+        self._charged = [g.charged() for g in self._groups]
+        self._found = [MemoryUse(g.used(share), g.limit, g.name) for g in self._groups]
+        return [*self._found, MemoryUse(total - available, total, "host")]
+
+    def glance(self) -> MemoryUse | None:
+        """The group that is closest to its limit, by how much the kernel has charged since the last :meth:`levels`;
+        None where that says nothing: no group, or one so full of page cache that the kernel makes room by dropping it.
+
+        What is charged contains page cache, so files that are read or dropped count here as well: for a short while.
+        """
+        worst = None
+        for group, charged, found in zip(self._groups, self._charged, self._found, strict=True):
+            now = group.charged()
+            if now < 0 or now > _BRIM * group.limit:
+                return None
+            use = MemoryUse(found.used + now - charged, group.limit, group.name)
+            worst = use if worst is None or use.fraction > worst.fraction else worst
+        return worst
 
     @property
     def limited(self) -> bool:
@@ -159,7 +179,7 @@ class Probe:
         """Close the files that are kept open."""
         for group in self._groups:
             group.close()
-        self._groups = []
+        self._groups, self._charged, self._found = [], [], []
 
     def _pressure(self) -> tuple[float, float] | None:
         own = next((path for g in self._groups if (path := g.pressure())), None)

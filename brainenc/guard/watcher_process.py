@@ -26,7 +26,9 @@ from brainenc.guard.updating import UpdatingFlag
 
 READING_EVERY_S = 1.0
 _HOST_EVERY_S = 0.1
+_HOST_CALM = 0.6
 _GPU_EVERY_S = 0.1
+_PARENT_EVERY_S = 0.1
 _JUDGED_EVERY_S = 0.1
 _STILL = 1 / 1000
 """Of the limit: memory that has not moved by more since it was judged is judged again only after a while. At a look
@@ -82,8 +84,10 @@ class Lookout:
 
     def look(self, now: float) -> float:
         """Look once, tell the worker what it must know, and say how long to sleep."""
-        ram = self._ram(now)
-        if now < self._judge_at and abs(ram.used - self._judged.used) <= _STILL * ram.limit:
+        ram = self._glance() if now < self._judge_at else None
+        if ram is None or not self._is_still(ram):
+            ram = self._ram(now)
+        if now < self._judge_at and self._is_still(ram):
             self._policy.note(now, ram)
             return max(0.0, min(sampling_interval(ram.used, ram.limit), self._judge_at - now))
         decision = self._policy.look(now, self._pretend(now, [ram, *self._gpu_meters(now)]), self.timing)
@@ -106,9 +110,16 @@ class Lookout:
             self._judged, self._judge_at = ram, min(now + _JUDGED_EVERY_S, self._gpu_at + _GPU_EVERY_S, self._wake_at)
         return max(0.0, min(sampling_interval(ram.used, ram.limit), self._wake_at - now))
 
+    def _glance(self) -> Meter | None:
+        glance = self._probe.glance() if self._host_fraction <= _HOST_CALM else None
+        return Meter("ram", glance.used, glance.limit) if glance is not None else None
+
+    def _is_still(self, ram: Meter) -> bool:
+        return ram.limit == self._judged.limit and abs(ram.used - self._judged.used) <= _STILL * ram.limit
+
     def _ram(self, now: float) -> Meter:
         """The host is read less often while a group's limit is what binds."""
-        host = not self._probe.limited or self._host_fraction > 0.6 or now - self._host_at >= _HOST_EVERY_S
+        host = not self._probe.limited or self._host_fraction > _HOST_CALM or now - self._host_at >= _HOST_EVERY_S
         levels = self._probe.levels(host=host)
         if host:
             self._host_at, self._host_fraction = now, levels[-1].fraction
@@ -198,12 +209,16 @@ def main(settings: dict[str, Any]) -> None:
     lookout.hear({"timing": settings["timing"]} if "timing" in settings else {}, 0.0)
     outbox.send({"kind": "started", "at": time.monotonic(), "pid": os.getpid()})
     inbox = _inbox(0)
-    pause = 0.0
+    pause = parent_at = 0.0
     while True:
         messages = inbox(pause)
-        if messages is None or _orphaned(parent):
+        if messages is None:
             return
         now = time.monotonic()
+        if now >= parent_at:
+            if _orphaned(parent):
+                return
+            parent_at = now + _PARENT_EVERY_S
         for message in messages:
             lookout.hear(message, now)
         outbox.flush()

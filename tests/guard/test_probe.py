@@ -191,3 +191,52 @@ def test_inside_a_real_group_the_page_cache_does_not_count(tmp_path):
 
     assert found_limit == 256 << 20
     assert 64 << 20 <= used < 100 << 20
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_glance_adds_what_was_charged_since_the_last_look(tmp_path, version):
+    tree = FakeTree(tmp_path)
+    if version == 1:
+        tree.v1("/job", {"/job": 10 * GB}, {"total_rss": 5 * GB})
+        charged = "sys/fs/cgroup/memory/job/memory.usage_in_bytes"
+    else:
+        tree.v2("/job", {"/job": str(10 * GB)}, {"anon": 5 * GB})
+        charged = "sys/fs/cgroup/job/memory.current"
+    assert Probe(root=tmp_path).glance() is None  # no such file
+    tree.file(charged, f"{8 * GB}\n")
+    probe = Probe(root=tmp_path)
+
+    tree.file(charged, f"{9 * GB}\n")
+    assert (probe.glance().used, probe.glance().limit) == (6 * GB, 10 * GB)
+    probe.levels()
+    assert probe.glance().used == 5 * GB  # it was page cache: the look has counted
+    tree.file(charged, f"{int(9.8 * GB)}\n")
+    assert probe.glance() is None  # at the brim the kernel drops page cache for what grows, and the sum stays
+
+
+def test_a_glance_without_a_limit_says_nothing(tmp_path):
+    FakeTree(tmp_path)
+
+    assert Probe(root=tmp_path).glance() is None
+
+
+_GLANCE = """
+from brainenc.guard.probe import Probe
+probe = Probe()
+before, kept = probe.glance().used, b"1" * (50 << 20)
+print(probe.glance().used - before, probe.levels()[0].used - probe.glance().used)
+"""
+
+
+@needs_groups
+@pytest.mark.root
+def test_inside_a_real_group_a_glance_sees_what_is_allocated():
+    with MemoryLimit(256 << 20) as limit:
+        done = subprocess.run(
+            [sys.executable, "-c", _GLANCE], preexec_fn=limit.enter, capture_output=True, text=True, check=True,
+            cwd=Path(__file__).parents[2], timeout=60,
+        )  # fmt: skip
+    grown, off = map(int, done.stdout.split())
+
+    assert 50 << 20 <= grown < 54 << 20
+    assert abs(off) < 2 << 20
