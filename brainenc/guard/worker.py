@@ -8,7 +8,6 @@ the step would end does that thread interrupt the loop, never in the middle of a
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import socket
@@ -118,7 +117,7 @@ class WorkerGuard:
         self._last_saved = -1
         self._escalation = Escalation(self.config.on_critical, self.config.policy.dwell_s)
         self._ordered_at = 0.0
-        self._computing = False
+        self._computing = self._raised = False
 
         self._ending = threading.Event()
         self._wake_read, self._wake_write = -1, -1
@@ -182,16 +181,22 @@ class WorkerGuard:
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
         """Around forward and backward: only inside may the listening thread interrupt."""
+        arrived = False
         try:
             with self._lock:
-                self._computing = True
+                self._computing, self._raised = True, False
             if self._order is not None and self._order.urgent:
                 raise OutOfTime(self._order)
             yield
+        except OutOfTime as error:
+            arrived = error.order is None  # the listening thread's; else the one just above
+            raise
         finally:
             with self._lock:
                 self._computing = False
-                _withdraw(self._owner)  # one that was raised but has not arrived yet
+                raised, self._raised = self._raised, False
+            if raised and not arrived:
+                _await_interruption()
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
@@ -412,7 +417,7 @@ class WorkerGuard:
         """Raise in the loop when its step would end too late."""
         with self._lock:
             if self._computing and self._order is not None and self._order.urgent:
-                self._computing = False
+                self._computing, self._raised = False, True
                 raise_in(self._owner, OutOfTime)
 
     def _send(self) -> None:
@@ -444,6 +449,13 @@ def _gpu_numbers(gpus: list[dict[str, Any]]) -> dict[str, Any]:
     return {"gpus": [{k: gpu[k] for k in ("used", "limit", "fraction")} for gpu in gpus]} if gpus else {}
 
 
-def _withdraw(thread: int) -> None:
-    """Take back what was raised in a thread but has not arrived."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+def _await_interruption() -> None:
+    """Let what was raised in this thread, but has not arrived yet, arrive here, where it does no harm.
+
+    Taking it back instead would leave the interpreter's mark that something is pending. CPython 3.11 lowers that only
+    when something arrives: until then every call takes a detour, and under a tracer (a debugger, coverage) none comes
+    back.
+    """
+    with contextlib.suppress(OutOfTime):
+        for _ in range(10_000):  # it comes with the first jump, unless somebody has caught it
+            pass

@@ -5,9 +5,11 @@ import logging
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -216,6 +218,37 @@ def test_no_interruption_is_left_behind_when_the_computation_is_over():
             guard._order = None
 
     assert 0 < arrived < 300
+
+
+_TRACED = """
+import sys, threading, time
+from brainenc.guard.messages import OutOfTime
+from brainenc.guard.worker import WorkerGuard
+from tests.guard.test_worker import FAST, make_urgent
+with WorkerGuard("rank0", FAST) as guard:
+    for i in range(100):
+        timer = threading.Timer(0.0002 * (i % 10), make_urgent, [guard])
+        timer.start()
+        try:
+            with guard.computing():
+                sum(range(20_000))
+        except OutOfTime:
+            pass
+        timer.join()
+        guard._order = None
+    guard._interrupt_if_urgent()
+sys.settrace(lambda *event: None)
+(lambda: print("traced"))()
+"""
+
+
+def test_a_debugger_goes_on_after_an_interruption_that_came_too_late():
+    """In CPython 3.11 an exception that is raised in a thread and taken back stops every traced call for good."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TRACED], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60
+    )
+
+    assert done.stdout == "traced\n", done.stderr
 
 
 def test_leaving_is_told(link):
