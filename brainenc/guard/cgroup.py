@@ -39,7 +39,7 @@ class LimitedGroup:
         self.name = f"cgroup v{version} {folder}"
         self._stat = os.open(folder / "memory.stat", os.O_RDONLY)
         self._kmem = _open(folder / "memory.kmem.usage_in_bytes") if version == 1 else -1
-        self._charged = _open(folder / ("memory.usage_in_bytes" if version == 1 else "memory.current"))
+        self.charged_fd = _open(folder / ("memory.usage_in_bytes" if version == 1 else "memory.current"))
 
     def used(self, host_kernel_share: float = 1.0) -> int:
         """Bytes that the kernel cannot take back.
@@ -61,7 +61,7 @@ class LimitedGroup:
     def charged(self) -> int:
         """Everything that is charged to the group, page cache included; -1 where the kernel does not tell. A tenth of
         the price of :meth:`used`: one number instead of a page of text."""
-        return int(os.pread(self._charged, 32, 0)) if self._charged >= 0 else -1
+        return int(os.pread(self.charged_fd, 32, 0)) if self.charged_fd >= 0 else -1
 
     def refresh(self) -> None:
         """Read the limit again: ``docker update`` and Slurm change it under a running job."""
@@ -74,10 +74,10 @@ class LimitedGroup:
 
     def close(self) -> None:
         """Close the files."""
-        for fd in (self._stat, self._kmem, self._charged):
+        for fd in (self._stat, self._kmem, self.charged_fd):
             if fd >= 0:
                 os.close(fd)
-        self._stat = self._kmem = self._charged = -1
+        self._stat = self._kmem = self.charged_fd = -1
 
 
 def limited_groups(root: Path = Path("/")) -> list[LimitedGroup]:

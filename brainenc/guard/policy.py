@@ -313,8 +313,12 @@ def _badness(decision: Decision) -> tuple[int, bool, float]:
     return RANK[decision.level], decision.urgent, decision.fraction
 
 
+TENSE_S = 0.01
+"""Between two looks from 70 % on."""
+
+
 def sampling_interval(
-    used: int, limit: int, *, calm_s: float = 0.1, tense_s: float = 0.01, from_: float = 0.70
+    used: int, limit: int, *, calm_s: float = 0.1, tense_s: float = TENSE_S, from_: float = 0.70
 ) -> float:
     """Seconds until the next look: ``tense_s`` from 70 % on, else as long as the way there takes at memory's own speed.
 

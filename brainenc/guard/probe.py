@@ -22,7 +22,8 @@ from brainenc.guard.cgroup import LimitedGroup, limited_groups
 from brainenc.guard.nvml import GpuUse, Nvml
 
 _LINUX: bool = sys.platform == "linux"
-_BRIM = 0.97
+BRIM = 0.97
+"""Of a group's limit: with more charged, the kernel drops page cache for what grows, and the sum stays."""
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -37,6 +38,14 @@ class MemoryUse(NamedTuple):
     def fraction(self) -> float:
         """0 to 1, and above where a limit was lowered under a running job."""
         return self.used / self.limit if self.limit else 0.0
+
+
+class Counter(NamedTuple):
+    """Where the bytes charged to a group can be read, what to add for those used, and the group's limit."""
+
+    fd: int
+    offset: int
+    limit: int
 
 
 class Host(NamedTuple):
@@ -136,11 +145,18 @@ class Probe:
         worst = None
         for group, charged, found in zip(self._groups, self._charged, self._found, strict=True):
             now = group.charged()
-            if now < 0 or now > _BRIM * group.limit:
+            if now < 0 or now > BRIM * group.limit:
                 return None
             use = MemoryUse(found.used + now - charged, group.limit, group.name)
             worst = use if worst is None or use.fraction > worst.fraction else worst
         return worst
+
+    def counter(self) -> Counter | None:
+        """What :meth:`glance` reads, for a loop of one's own; None where there is no single group to read it of."""
+        if len(self._groups) != 1 or self._charged[0] < 0:
+            return None
+        group, found = self._groups[0], self._found[0]
+        return Counter(group.charged_fd, found.used - self._charged[0], group.limit)
 
     @property
     def limited(self) -> bool:

@@ -20,8 +20,18 @@ from typing import Any
 from brainenc.guard.brake import Brake
 from brainenc.guard.messages import Level
 from brainenc.guard.nvml import Nvml
-from brainenc.guard.policy import RANK, Decision, Meter, Policy, PolicyConfig, Thresholds, Timing, sampling_interval
-from brainenc.guard.probe import Probe
+from brainenc.guard.policy import (
+    RANK,
+    TENSE_S,
+    Decision,
+    Meter,
+    Policy,
+    PolicyConfig,
+    Thresholds,
+    Timing,
+    sampling_interval,
+)
+from brainenc.guard.probe import BRIM, Probe
 from brainenc.guard.updating import UpdatingFlag
 
 READING_EVERY_S = 1.0
@@ -109,6 +119,33 @@ class Lookout:
         if decision.level != "critical":
             self._judged, self._judge_at = ram, min(now + _JUDGED_EVERY_S, self._gpu_at + _GPU_EVERY_S, self._wake_at)
         return max(0.0, min(sampling_interval(ram.used, ram.limit), self._wake_at - now))
+
+    def doze(self, wait: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> bool:
+        """Glance again and again while nothing moves. As little as can be done every 10 ms: this is what the watcher
+        costs a training that works near its limit.
+
+        Args:
+            wait: sleeps until the next glance is due; true when somebody has spoken, which ends this.
+            clock: that of the looks.
+
+        Returns:
+            whether it has waited at all; not where there is nothing that can be glanced at.
+        """
+        counter = self._probe.counter() if self._host_fraction <= _HOST_CALM else None
+        if counter is None or counter.limit != self._judged.limit:
+            return False
+        fd, offset, limit = counter
+        middle, most = self._judged.used - offset, int(_STILL * limit)
+        low, high, until = middle - most, min(middle + most, int(BRIM * limit)), self._judge_at
+        seen = []
+        while not wait():
+            now, charged = clock(), int(os.pread(fd, 32, 0))
+            if now >= until or not low <= charged <= high:
+                break
+            seen.append((now, charged))
+        for now, charged in seen:
+            self._policy.note(now, Meter("ram", charged + offset, limit))
+        return True
 
     def _glance(self) -> Meter | None:
         glance = self._probe.glance() if self._host_fraction <= _HOST_CALM else None
@@ -210,6 +247,10 @@ def main(settings: dict[str, Any]) -> None:
     outbox.send({"kind": "started", "at": time.monotonic(), "pid": os.getpid()})
     inbox = _inbox(0)
     pause = parent_at = 0.0
+
+    def wait() -> bool:
+        return bool(select.select([0], [], [], TENSE_S)[0])
+
     while True:
         messages = inbox(pause)
         if messages is None:
@@ -224,6 +265,8 @@ def main(settings: dict[str, Any]) -> None:
         outbox.flush()
         try:
             pause = lookout.look(now)
+            if pause == TENSE_S and os.name != "nt" and lookout.doze(wait):
+                pause = 0.0
         except BrokenPipeError:  # the worker closed its end between two looks
             return
 

@@ -2,12 +2,14 @@
 
 import pytest
 
-from brainenc.guard.nvml import GpuUse
+from brainenc.guard.nvml import GpuUse, Nvml
 from brainenc.guard.policy import Policy, PolicyConfig, Timing
-from brainenc.guard.probe import MemoryUse, Reading
+from brainenc.guard.probe import MemoryUse, Probe, Reading
+from brainenc.guard.testing import FakeTree
 from brainenc.guard.watcher_process import Lookout
 
 LIMIT = 64_000_000_000
+STEP = 0.01
 
 
 class Machine:
@@ -85,3 +87,65 @@ def test_a_leak_that_dropped_page_cache_hides_is_seen_within_150_ms():
     leak.glance = lambda: MemoryUse(int(0.75 * LIMIT), LIMIT, "test")
 
     assert alarm(leak, save_s=0.0, predict_from=1.0) - (3.0 + 0.13 / 0.3) <= 0.15
+
+
+class Charged:
+    """A machine with one group whose charge the test writes down, and a clock that each wait moves on."""
+
+    def __init__(self, folder, used, charged):
+        self.tree = FakeTree(folder)
+        self.tree.v2("/job", {"/job": str(LIMIT)}, {"anon": used})
+        self.write(charged)
+        self.now, self.heard, self.script = 0.0, [], {}
+        self.lookout = Lookout(
+            Probe(root=folder, nvml=Nvml(uuids=[])), Policy(PolicyConfig()), self.heard.append, lambda: None
+        )
+
+    def write(self, charged):
+        self.tree.file("sys/fs/cgroup/job/memory.current", f"{charged}\n")
+
+    def wait(self):
+        self.now += STEP
+        return self.script.get(round(self.now / STEP), lambda: False)()
+
+
+@pytest.mark.parametrize(
+    ("event", "ends_after"),
+    [(lambda m: None, 10), (lambda m: m.write(int(0.82 * LIMIT)), 5), (lambda m: m.write(int(0.78 * LIMIT)), 5),
+     (lambda m: True, 5)],
+    ids=["nothing moves", "memory grows", "memory shrinks", "a message comes"],
+)  # fmt: skip
+def test_glances_end_when_something_happens_or_after_a_tenth_of_a_second(tmp_path, event, ends_after):
+    machine = Charged(tmp_path, used=int(0.75 * LIMIT), charged=int(0.80 * LIMIT))
+    assert machine.lookout.look(0.0) == STEP
+    machine.script[5] = lambda: event(machine)
+
+    assert machine.lookout.doze(machine.wait, lambda: machine.now)
+
+    assert round(machine.now / STEP) in (ends_after, ends_after + 1)  # a tenth is ten hundredths, or not quite
+
+
+def test_without_a_group_nobody_dozes(tmp_path):
+    FakeTree(tmp_path)
+    lookout = Lookout(Probe(root=tmp_path, nvml=Nvml(uuids=[])), Policy(PolicyConfig()), lambda m: None, lambda: None)
+    lookout.look(0.0)
+
+    assert not lookout.doze(lambda: pytest.fail("it has waited"))
+
+
+def test_a_leak_that_is_only_glanced_at_is_predicted_all_the_same(tmp_path):
+    """0.8 % a second, which a hundredth of a second does not show."""
+    machine = Charged(tmp_path, used=int(0.75 * LIMIT), charged=int(0.80 * LIMIT))
+    machine.lookout.timing = Timing(save_s=20.0, step_s=0.5)
+
+    def leak():
+        grown = int(0.008 * machine.now * LIMIT)
+        machine.tree.file("sys/fs/cgroup/job/memory.stat", f"anon {int(0.75 * LIMIT) + grown}\n")
+        machine.write(int(0.80 * LIMIT) + grown)
+        machine.now += STEP
+
+    while machine.now < 10 and not any(message.get("level") == "critical" for message in machine.heard):
+        machine.lookout.look(machine.now)
+        machine.lookout.doze(leak, lambda: machine.now)
+
+    assert machine.now < 10
