@@ -19,7 +19,7 @@ FORMS = (
     "s3://AKIAEXAMPLE:{secret}@bucket/path",
     "s3://AKIAEXAMPLE:{secret}@bucket",
     "s3:/AKIAEXAMPLE:{secret}@bucket/path",
-    "/work/s3:/AKIAEXAMPLE:{secret}@bucket/path",
+    "/data/s3:/AKIAEXAMPLE:{secret}@bucket/path",
     "simplecache::s3://AKIAEXAMPLE:{secret}@bucket/x.hdf5::imgBrick[3]",
     "https://:{secret}@h.example",
     "https://user:{secret}@h.example:8443/x@y.png",

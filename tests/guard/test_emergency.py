@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from brainenc.errors import CheckpointUnusable
-from brainenc.guard.emergency import EmergencyFiles, disk_speed
+from brainenc.guard.emergency import EXPECTED_AT_MOST_S, EmergencyFiles, disk_speed, save_seconds
 
 
 @pytest.fixture
@@ -151,6 +151,12 @@ def test_the_speed_of_a_folder_is_measured_and_nothing_left(tmp_path):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     assert disk_speed(tmp_path / "file" / "below") == 0
+
+
+def test_what_to_expect_of_a_save_grows_with_the_file_up_to_a_cap(tmp_path):
+    """A small file on a disk far away tells little, and far too long an expectation makes alarms of what is none."""
+    assert 0.1 < save_seconds(tmp_path, 1_000) < save_seconds(tmp_path, 500_000_000)
+    assert save_seconds(tmp_path, 10**13) == EXPECTED_AT_MOST_S
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("unexpected pos 640 vs 534")])

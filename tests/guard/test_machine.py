@@ -44,6 +44,7 @@ def test_a_good_machine_has_no_troubles():
         (replace(GOOD, versions={}), "Ray is not installed"),
         (replace(GOOD, ray_threshold=0.8), "Ray's memory monitor kills workers at 80%"),
         (in_folder(file_system="fuse.drive"), "no real flush"),
+        (in_folder(file_system="nfs4"), "in place but not mapped"),
         (in_folder(free=3 * GB), "3 GB free"),
     ],
 )  # fmt: skip

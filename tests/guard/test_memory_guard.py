@@ -409,6 +409,14 @@ def test_a_loop_that_counts_by_itself_is_told_what_it_does_again(home):
     assert f"{start.step} of its batches are trained a second time" in told[0]
 
 
+def test_a_drill_waits_for_a_watcher_that_is_starting(home):
+    script = Script(home)
+    with script.guard:
+        assert not script.guard._hearing._watcher.spoken
+        script.guard.drill("ram", 0.5)
+        assert script.guard._hearing._watcher.spoken
+
+
 class Memory:
     """Main memory as a test wants it, for the watcher's look and the guard's."""
 

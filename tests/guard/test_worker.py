@@ -88,6 +88,28 @@ def test_what_a_checkpoint_takes_is_what_an_alarm_leaves_room_for(guard):
     assert guard.pending().numbers["needed_s"] == 1.5 * 3.0 + 0.5  # with the factor of safety, and a step
 
 
+def test_what_was_measured_under_an_order_is_not_lowered_by_an_easier_save(guard):
+    """From the order to durable is more than writing: the rest of the step, the ranks' meeting, the copy from a GPU."""
+    guard.drill("ram", 0.95, seconds=0.2)
+    assert wait_until(lambda: guard.pending() is not None)
+    time.sleep(0.6)
+    guard.saved(path="/ckpt/step3", step=3, epoch=0)
+    guard.save_takes(0.01)
+    guard.beat(epoch=0, step=4)
+    guard.drill("gpu", 0.95)
+    assert wait_until(lambda: guard._numbers.get("meter") == "gpu0")
+
+    assert guard._numbers["needed_s"] >= 1.5 * 0.6
+
+
+def test_a_drill_waits_for_a_watcher_that_is_starting(guard):
+    """A short run would be over before anybody has seen it."""
+    assert not guard._watcher.spoken
+    guard.drill("ram", 0.95)
+
+    assert guard._watcher.spoken
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the brake is Linux's")
 def test_an_update_is_seen_by_the_watcher_and_ends_with_an_error_too(guard):
     seen = UpdatingFlag(os.dup(guard._flag.fd))
