@@ -92,13 +92,16 @@ def test_a_leak_that_dropped_page_cache_hides_is_seen_within_150_ms():
 class Charged:
     """A machine with one group whose charge the test writes down, and a clock that each wait moves on."""
 
-    def __init__(self, folder, used, charged):
+    def __init__(self, folder, used, charged, **config):
         self.tree = FakeTree(folder)
         self.tree.v2("/job", {"/job": str(LIMIT)}, {"anon": used})
         self.write(charged)
         self.now, self.heard, self.script = 0.0, [], {}
         self.lookout = Lookout(
-            Probe(root=folder, nvml=Nvml(uuids=[])), Policy(PolicyConfig()), self.heard.append, lambda: None
+            Probe(root=folder, nvml=Nvml(uuids=[])),
+            Policy(PolicyConfig(**config)),
+            self.heard.append,
+            lambda: None,
         )
 
     def write(self, charged):
@@ -106,6 +109,7 @@ class Charged:
 
     def wait(self):
         self.now += STEP
+        assert self.now < 1, "it dozes for ever"
         return self.script.get(round(self.now / STEP), lambda: False)()
 
 
@@ -134,8 +138,8 @@ def test_without_a_group_nobody_dozes(tmp_path):
 
 
 def test_a_leak_that_is_only_glanced_at_is_predicted_all_the_same(tmp_path):
-    """0.8 % a second, which a hundredth of a second does not show."""
-    machine = Charged(tmp_path, used=int(0.75 * LIMIT), charged=int(0.80 * LIMIT))
+    """0.8 % a second, which a hundredth of a second does not show; in a window that two full looks do not fill."""
+    machine = Charged(tmp_path, used=int(0.75 * LIMIT), charged=int(0.80 * LIMIT), window_s=0.15)
     machine.lookout.timing = Timing(save_s=20.0, step_s=0.5)
 
     def leak():

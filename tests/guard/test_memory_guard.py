@@ -19,6 +19,7 @@ from brainenc.guard.nvml import GpuUse
 from brainenc.guard.policy import Policy, PolicyConfig
 from brainenc.guard.probe import MemoryUse, Reading
 from brainenc.guard.testing import wait_until
+from brainenc.guard.updating import UpdatingFlag
 from brainenc.guard.watcher_process import Lookout
 
 SCRIPT = Path(__file__).with_name("plain_script.py")
@@ -415,6 +416,19 @@ def test_a_drill_waits_for_a_watcher_that_is_starting(home):
         assert not script.guard._hearing._watcher.spoken
         script.guard.drill("ram", 0.5)
         assert script.guard._hearing._watcher.spoken
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the brake is Linux's")
+def test_the_watcher_sees_an_update_while_it_goes_on(home):
+    script, seen = Script(home), []
+    with script.guard:
+        flag = UpdatingFlag(os.dup(script.guard._hearing._watcher._settings.flag.fd))
+        script.opt.register_step_pre_hook(lambda *_: seen.append(flag.seen_up))
+        script.step()
+        seen.append(flag.seen_up)
+    os.close(flag.fd)
+
+    assert seen == [True, False]
 
 
 class Memory:

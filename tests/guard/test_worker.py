@@ -112,7 +112,7 @@ def test_a_drill_waits_for_a_watcher_that_is_starting(guard):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the brake is Linux's")
 def test_an_update_is_seen_by_the_watcher_and_ends_with_an_error_too(guard):
-    seen = UpdatingFlag(os.dup(guard._flag.fd))
+    seen = UpdatingFlag(os.dup(guard._watcher._settings.flag.fd))
     with contextlib.suppress(ZeroDivisionError), guard.updating():
         assert seen.seen_up
         raise ZeroDivisionError

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from brainenc.errors import LossNotFinite, TrainingFailed
-from brainenc.guard.messages import Order, OutOfTime
+from brainenc.guard.messages import NullGuard, Order, OutOfTime
 from brainenc.train.team import RankLost
 
 
@@ -279,3 +279,24 @@ def test_when_time_is_shorter_than_a_step_a_rank_saves_first_and_tells_then(
     else:
         assert {o.position.micro_batch for o in outcomes} == {2}
         assert losses(config.out) == pytest.approx(alone, rel=1e-5)
+
+
+class Timed(NullGuard):
+    """Keeps what it is told about the time that checkpoints take."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def save_takes(self, seconds):
+        self.seconds.append(seconds)
+
+
+def test_every_rank_hears_what_to_expect_of_a_checkpoint_and_the_writer_what_it_took(small, tmp_path, run_ranks):
+    guards = [Timed(), Timed()]
+
+    run_ranks(small.config(tmp_path / "run", checkpoint_every_s=0.001), 2, lambda rank: {"guard": guards[rank]})
+
+    assert guards[0].seconds[0] == guards[1].seconds[0] > 0.1  # rank 0 measures its disk for all
+    assert len(guards[0].seconds) > 1
+    assert all(0 < seconds < guards[0].seconds[0] for seconds in guards[0].seconds[1:])  # 70 kB: far below the margin
+    assert len(guards[1].seconds) == 1
