@@ -1,6 +1,7 @@
 """Fixtures that every test may use: one local Ray cluster a session, and folders on real disk."""
 
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -65,3 +66,17 @@ def gcs(monkeypatch):
     with MiniGCS("lab") as emulator:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator.url)
         yield emulator
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of four megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("needs root to mount a small file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -14,11 +14,11 @@ from typing import Any
 from brainenc.guard.conflicts import Surroundings, conflicts
 from brainenc.guard.policy import Thresholds
 from brainenc.guard.probe import Reading, take_reading
+from brainenc.mounts import NETWORK, mount_of
 from brainenc.units import format_bytes
 
 GB = 1_000_000_000
 _PACKAGES = ("ray", "torch", "transformers", "open_clip_torch", "timm", "numpy", "pyarrow")
-_NETWORK = ("nfs", "cifs", "smb", "9p", "lustre", "gpfs", "beegfs", "ceph", "afs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,18 +109,13 @@ def troubles(machine: Machine, thresholds: Thresholds | None = None) -> list[str
 
 def file_system(path: str | os.PathLike[str]) -> str:
     """The kind of file system that a path lies on, ``""`` where the system does not tell."""
-    try:
-        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    except OSError:
-        return ""
-    target = os.path.realpath(path)
-    covering = [(len(m), kind) for m, kind in mounts if target == m or target.startswith(m.rstrip("/") + "/")]
-    return max(covering, default=(0, ""))[1]
+    found = mount_of(Path(os.path.realpath(path)))
+    return found[1] if found is not None else ""
 
 
 def _folder_troubles(folder: Folder) -> list[str]:
     found = []
-    if folder.file_system.startswith(_NETWORK):
+    if folder.file_system in NETWORK:
         found.append(
             f"{folder.path} lies on {folder.file_system}, a network file system: a store there is written and read in "
             "place but not mapped, which is slower. --stage reads it through a cache on this machine's own disk."

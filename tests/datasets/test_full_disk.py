@@ -16,20 +16,6 @@ from .conftest import local_colours
 SMALL = {"n_train": 12, "n_test": 3, "vertices": (30, 34), "seed": 1}
 
 
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A file system of four megabytes: less than the fsaverage masks of one subject."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("needs root to mount a small file system")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 def test_a_subject_that_cannot_fit_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1_000_000))
@@ -39,26 +25,26 @@ def test_a_subject_that_cannot_fit_is_refused_before_anything_is_written(tmp_pat
 
 
 @pytest.mark.root
-def test_a_disk_that_fills_up_meanwhile_says_so_and_the_same_call_finishes_elsewhere(tiny_disk, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_meanwhile_says_so_and_the_same_call_finishes_elsewhere(small_disk, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as blind:
         blind.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 10**12))
         with pytest.raises(NoSpace, match="filled up"):
-            synthesize(tiny_disk / "subj01", features=local_colours, **SMALL)
-    subprocess.run(["mount", "-o", "remount,size=200m", str(tiny_disk)], check=True)
-    again = synthesize(tiny_disk / "subj01", features=local_colours, **SMALL)
+            synthesize(small_disk / "subj01", features=local_colours, **SMALL)
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    again = synthesize(small_disk / "subj01", features=local_colours, **SMALL)
     assert again.content == synthesize(tmp_path / "subj01", features=local_colours, **SMALL).content
 
 
 @pytest.mark.root
-def test_a_submission_that_does_not_fit_leaves_the_old_one(tiny_disk, tmp_path):
+def test_a_submission_that_does_not_fit_leaves_the_old_one(small_disk, tmp_path):
     shape = (400, 4000)  # 6.4 MB of noise, which no zip makes smaller than 4 MB
     for hemisphere in ("lh", "rh"):
         np.save(
             tmp_path / f"{hemisphere}_pred_test.npy", np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         )
-    (tiny_disk / "s.zip").write_bytes(b"old")
+    (small_disk / "s.zip").write_bytes(b"old")
     with pytest.raises(NoSpace, match=r"No room for .*s\.zip"):
-        write_submission(tiny_disk / "s.zip", {"subj01": tmp_path}, {"subj01": {"lh": shape, "rh": shape}})
-    assert [p.name for p in tiny_disk.iterdir()] == ["s.zip"]
-    assert (tiny_disk / "s.zip").read_bytes() == b"old"
+        write_submission(small_disk / "s.zip", {"subj01": tmp_path}, {"subj01": {"lh": shape, "rh": shape}})
+    assert [p.name for p in small_disk.iterdir()] == ["s.zip"]
+    assert (small_disk / "s.zip").read_bytes() == b"old"

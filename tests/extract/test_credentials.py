@@ -16,20 +16,9 @@ from brainenc.extract.prepare import create, survey
 from brainenc.extract.sources import list_sources
 from brainenc.featurestore.store import open_store
 from tests.extract.conftest import draw_image, save_images
-from tests.featurestore.conftest import moto_server, s3  # noqa: F401
+from tests.featurestore.conftest import KEY, SECRET, keyed_bucket, moto_server, s3  # noqa: F401
 
-KEY, SECRET, SIGNATURE = "AKIAEXAMPLE", "topsecretWJALR", "5ignatureFEED"
-
-
-@pytest.fixture
-def bucket(s3, monkeypatch, tmp_path):  # noqa: F811
-    """An address with keys in it, where the environment has none; what was put there by others is kept apart."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
-    monkeypatch.setenv("BRAINENC_CACHE", str(tmp_path / "cache"))
-    return s3.replace("s3://", f"s3://{KEY}:{SECRET}@")
+SIGNATURE = "5ignatureFEED"
 
 
 @pytest.fixture
@@ -94,9 +83,9 @@ def options(store: str, images, backbone: str, *more: str) -> list[str]:
 
 @pytest.mark.usefixtures("without_ray")
 def test_keys_and_signatures_are_used_and_reach_no_output_and_no_file(
-    bucket, miniature, tmp_path, tmp_path_factory, capsys, caplog
-):
-    store, paths = f"{bucket}/features", put_images(bucket, 6, bad=5)
+    keyed_bucket, miniature, tmp_path, tmp_path_factory, capsys, caplog  # noqa: F811
+):  # fmt: skip
+    store, paths = f"{keyed_bucket}/features", put_images(keyed_bucket, 6, bad=5)
     lists = tmp_path_factory.mktemp("lists")  # what the user keeps there is the user's own
     for day in (1, 2):
         (lists / f"{day}").mkdir()
@@ -123,25 +112,25 @@ def test_keys_and_signatures_are_used_and_reach_no_output_and_no_file(
     assert code == 0, text
     assert json.loads(text.splitlines()[-1])["store"] == f"s3://{path_of(store)}"
     # A folder in the bucket, read with the keys of its address.
-    code, text = extract(*options(store, f"{bucket}/images", miniature, "--on-bad-image", "null"))
+    code, text = extract(*options(store, f"{keyed_bucket}/images", miniature, "--on-bad-image", "null"))
     assert code == 0, text
     for arguments in (
-        ["plan", *options(store, f"{bucket}/images", miniature)[1:], "--no-time", "--json"],
+        ["plan", *options(store, f"{keyed_bucket}/images", miniature)[1:], "--no-time", "--json"],
         ["plan", *options(store, lists / "1" / "web.txt", miniature)[1:], "--no-time"],
         ["extract", "--output_dir", store, "--data_dir", "/nowhere", "--backbone", miniature, "--feature", "3.q"],
         ["store", "ls", store, "--json"],
-        ["--debug", "store", "ls", f"{bucket}/nothing"],
+        ["--debug", "store", "ls", f"{keyed_bucket}/nothing"],
         ["--debug", "store", "info", store, "a/b/1.q"],
-        ["store", "ls", store, f"{bucket}/unexpected"],
+        ["store", "ls", store, f"{keyed_bucket}/unexpected"],
         ["--debug", *options(store, signed(paths[0], 1), miniature)],
-        ["--debug", *options(store, f"{bucket}/empty", miniature)],
-        ["extract", "--store", store, "--subject-dir", f"{bucket}/subj01", *options(store, "x", miniature)[5:]],
-        ["train", "--resume", f"{bucket}/run"],
-        ["train", "--resume", f"{bucket}/run", "--out", f"{bucket}/other"],
-        ["--debug", "train", "--subject-dir", f"{bucket}/subj01", "--store", store, "--feature", "mini/3.q",
-         "--out", f"{bucket}/run"],
-        ["evaluate", f"{bucket}/run"],
-        ["watch", f"{bucket}/run", "--once"],
+        ["--debug", *options(store, f"{keyed_bucket}/empty", miniature)],
+        ["extract", "--store", store, "--subject-dir", f"{keyed_bucket}/subj01", *options(store, "x", miniature)[5:]],
+        ["train", "--resume", f"{keyed_bucket}/run"],
+        ["train", "--resume", f"{keyed_bucket}/run", "--out", f"{keyed_bucket}/other"],
+        ["--debug", "train", "--subject-dir", f"{keyed_bucket}/subj01", "--store", store, "--feature", "mini/3.q",
+         "--out", f"{keyed_bucket}/run"],
+        ["evaluate", f"{keyed_bucket}/run"],
+        ["watch", f"{keyed_bucket}/run", "--once"],
     ):  # fmt: skip
         extract(*arguments)
 
@@ -149,7 +138,7 @@ def test_keys_and_signatures_are_used_and_reach_no_output_and_no_file(
     assert stimuli.ids == [stimulus.uri for stimulus in stimuli]
     assert stimuli.ids[0] == f"{os.environ['AWS_ENDPOINT_URL']}/{paths[0]}"
     assert open_store(store)["images/mini/3.q"].present.tolist() == [True] * 5 + [False]
-    assert_nothing_leaks(*said, caplog.text, files=written(tmp_path, bucket))
+    assert_nothing_leaks(*said, caplog.text, files=written(tmp_path, keyed_bucket))
 
 
 def test_an_error_that_nobody_planned_shows_its_traceback_without_credentials(capsys, monkeypatch):

@@ -41,6 +41,20 @@ def s3(moto_server, monkeypatch):
     return f"s3://lab-bucket/{secrets.token_hex(6)}"
 
 
+KEY, SECRET = "AKIAEXAMPLE", "topsecretWJALR"
+
+
+@pytest.fixture
+def keyed_bucket(s3, monkeypatch, tmp_path):
+    """An address with keys in it, where the environment has none; caches and records of this machine apart."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("BRAINENC_CACHE", str(tmp_path / "cache"))
+    return s3.replace("s3://", f"s3://{KEY}:{SECRET}@")
+
+
 @pytest.fixture
 def memory_url():
     """An address in fsspec's memory file system, empty before and after."""

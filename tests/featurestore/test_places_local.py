@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brainenc import atomic
+from brainenc import atomic, mounts
 from brainenc.errors import NoSpace, NotAStore, PlaceUnfit
 from brainenc.featurestore import open_store
-from brainenc.featurestore.places import local_path, mountinfo, open_place
+from brainenc.featurestore.places import local_path, open_place
 from brainenc.featurestore.places.local import LocalPlace
 from brainenc.featurestore.recovery import debris, verify
 from brainenc.featurestore.sources import LocalSource
@@ -54,7 +54,7 @@ def network(request, tmp_path, monkeypatch):
     folder, table = tmp_path / "srv", tmp_path / "mountinfo"
     folder.mkdir()
     table.write_text(NFS.format(folder=folder, kind=request.param))
-    monkeypatch.setattr(mountinfo, "MOUNTINFO", table)
+    monkeypatch.setattr(mounts, "MOUNTINFO", table)
     return folder
 
 

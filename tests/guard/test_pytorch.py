@@ -277,20 +277,6 @@ def test_without_a_gpu_there_is_nothing_to_release():
     assert model.weight.numel() == 4
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of four megabytes."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("needs root to mount a small file system")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 @pytest.mark.root
 def test_a_disk_that_fills_while_saving_is_told_and_the_next_place_takes_it(small_disk, tmp_path, monkeypatch):
     """There was room when it was asked for; torch ends its archive all the same, and fails again in that."""

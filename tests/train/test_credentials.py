@@ -1,32 +1,17 @@
 """A run and a store whose addresses hold keys: trained, gone on with, scored, and the keys are nowhere."""
 
 import json
-import os
 
-import pytest
 import s3fs
 
 from brainenc.cli.main import run as brainenc
 from brainenc.featurestore import open_store
 from brainenc.featurestore.transfer import copy
-from tests.featurestore.conftest import moto_server, s3  # noqa: F401
-
-KEY, SECRET = "AKIAEXAMPLE", "topsecretWJALR"
+from tests.featurestore.conftest import KEY, SECRET, keyed_bucket, moto_server, s3  # noqa: F401
 
 
-@pytest.fixture
-def bucket(s3, monkeypatch, tmp_path):  # noqa: F811
-    """An address with keys in it, where the environment has none."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
-    monkeypatch.setenv("BRAINENC_CACHE", str(tmp_path / "cache"))
-    return s3.replace("s3://", f"s3://{KEY}:{SECRET}@")
-
-
-def test_a_run_with_keys_in_its_addresses_leaves_none_behind(bucket, small, tmp_path, capsys, caplog):
-    store, run = f"{bucket}/features", f"{bucket}/run"
+def test_a_run_with_keys_in_its_addresses_leaves_none_behind(keyed_bucket, small, tmp_path, capsys, caplog):  # noqa: F811
+    store, run = f"{keyed_bucket}/features", f"{keyed_bucket}/run"
     bare = run.replace(f"{KEY}:{SECRET}@", "")
     copy(local := open_store(small.store), open_store(store, create=True), local.keys())
     options = [
@@ -47,7 +32,7 @@ def test_a_run_with_keys_in_its_addresses_leaves_none_behind(bucket, small, tmp_
         ["attention", run, "--json"],
         ["ensemble", run, "--out", str(tmp_path / "ensemble")],
         [*options, "--epochs", "2", "--seed", "7"],
-        ["--debug", "train", "--resume", f"{bucket}/nothing"],
+        ["--debug", "train", "--resume", f"{keyed_bucket}/nothing"],
     ):
         brainenc(arguments)
         said = capsys.readouterr()
@@ -56,7 +41,7 @@ def test_a_run_with_keys_in_its_addresses_leaves_none_behind(bucket, small, tmp_
     assert f'"run_folder": "{bare}"' in texts[2]
     fs = s3fs.S3FileSystem(key="test", secret="test", skip_instance_cache=True, use_listings_cache=False)
     files = {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    files |= {path: fs.cat_file(path) for path in fs.find(bucket.rpartition("@")[2])}
+    files |= {path: fs.cat_file(path) for path in fs.find(keyed_bucket.rpartition("@")[2])}
     assert any(name.endswith("config.yaml") for name in files)
     assert any(b'"epoch": 1' in data for name, data in files.items() if name.endswith("last.json")), "it went on"
     for secret in (KEY, SECRET):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import xxhash
 
+from brainenc import mounts
 from brainenc.cli.main import run as brainenc
 from brainenc.datasets import layout
 from brainenc.datasets.algonauts import Subject
 from brainenc.errors import DataError, KeyNotFound, UnknownName, UsageError
 from brainenc.featurestore import Stimulus, StimulusSet
-from brainenc.featurestore.places import mountinfo
 from brainenc.featurestore.store import open_store
 from brainenc.train import prepare
 from brainenc.train.data import Loader
@@ -172,7 +172,7 @@ def mounted(small, tmp_path, monkeypatch):
             np.save(organisers / f"{hemisphere}_test_fmri.npy", rows)
         table = tmp_path / "mountinfo"
         table.write_text(f"22 1 8:1 / / rw - ext4 /dev/vda1 rw\n31 22 0:32 / {subject.parent} rw - {kind} host:/x rw\n")
-        monkeypatch.setattr(mountinfo, "MOUNTINFO", table)
+        monkeypatch.setattr(mounts, "MOUNTINFO", table)
         mapped, plain = [], mmap.mmap
 
         class Told(plain):

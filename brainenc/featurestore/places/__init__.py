@@ -62,7 +62,7 @@ def may_be_mapped(folder: Path) -> bool:
     There an I/O error under a map (a server that is gone, a file that another machine removed) kills the process.
     """
     from brainenc.featurestore.places.mount import needs_staging
-    from brainenc.featurestore.places.mountinfo import network_file_system
+    from brainenc.mounts import network_file_system
 
     return network_file_system(folder) is None and not needs_staging(folder)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from brainenc import atomic
 from brainenc.errors import CorruptData, NotAStore, PlaceUnfit
 from brainenc.featurestore.places.base import Capabilities, Entry, check_name
-from brainenc.featurestore.places.mountinfo import network_file_system
 from brainenc.featurestore.space import FULL, full_disk_explained
+from brainenc.mounts import network_file_system
 
 _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{12}\.partial")
 

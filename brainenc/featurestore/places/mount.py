@@ -21,10 +21,10 @@ from typing import Any
 from brainenc.atomic import partial_name
 from brainenc.errors import NoSpace, NotAStore, PlaceUnfit
 from brainenc.featurestore.places.base import Capabilities, Entry, check_name
-from brainenc.featurestore.places.mountinfo import mount_of
 from brainenc.featurestore.places.scratch import Scratch, cache_root
 from brainenc.featurestore.services.base import ShortRead
 from brainenc.featurestore.services.patience import Patience
+from brainenc.mounts import mount_of
 
 _COLAB_DRIVE = Path("/content/drive")
 _LOCAL_FUSE = {"fuse.fuse-overlayfs", "fuse.lxcfs", "fusectl"}  # a container's own disk, not a drive behind a network

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 MOUNTINFO = Path("/proc/self/mountinfo")
-_NETWORK = {
+NETWORK = {
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "gpfs", "beegfs", "ceph", "afs", "panfs", "wekafs",
 }  # fmt: skip
-"""File systems whose disk is behind a network, and that the kernel itself speaks to (FUSE: see ``mount.py``)."""
+"""File systems whose disk is behind a network, and that the kernel itself speaks to; FUSE mounts are another matter."""
 
 
 def mount_of(real: Path, mountinfo: Path | None = None) -> tuple[str, str] | None:
@@ -40,4 +40,4 @@ def mount_of(real: Path, mountinfo: Path | None = None) -> tuple[str, str] | Non
 def network_file_system(folder: Path, mountinfo: Path | None = None) -> str | None:
     """Which network file system a folder (or the place where it would be made) lies on; None: on none."""
     found = mount_of(Path(os.path.realpath(folder)), mountinfo)
-    return found[1] if found is not None and found[1] in _NETWORK else None
+    return found[1] if found is not None and found[1] in NETWORK else None
