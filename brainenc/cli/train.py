@@ -95,7 +95,8 @@ def _again(given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any],
 
     config, views = _asked(given, source)
     asked = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("id", "split")}
-    banner()
+    if _is_left(config.out, asked):
+        banner()
     return resume(config.out, asked, open_views=views, **shown)
 
 
@@ -120,8 +121,17 @@ def _resume(
     if source:
         raise UsageError("A resumed run computes features as it did before: leave out --on-the-fly and its options.")
     views = views_of_run(run, given.get("subject_dir"))
-    banner()
+    if _is_left(run, given):
+        banner()
     return resume(run, given, open_views=views, **shown)
+
+
+def _is_left(run: str, changes: dict[str, Any]) -> bool:
+    """Whether there is work to guard: of a finished run one line says so, and no more."""
+    from brainenc.train import finished
+    from brainenc.train.run_folder import RunFolder
+
+    return finished.find(RunFolder(run).config().resumed_with({**changes, "out": run})) is None
 
 
 def _banner(given: dict[str, Any], note: Any) -> None:

@@ -47,6 +47,20 @@ def test_a_finished_run_starts_no_worker_to_say_so(command, capsys, tmp_path):
     assert not log.exists()  # where every rank writes down from which checkpoint it goes on
 
 
+def test_a_finished_run_is_not_announced_as_one_that_begins(command, capsys, tmp_path):
+    """Neither by the same command nor by --resume; a longer one is."""
+    guarded = [word for word in command if word != "--no-guard"]
+    announced = []
+    for arguments in (
+        [*guarded, "--epochs", "1"], [*guarded, "--epochs", "1"], ["train", "--resume", str(tmp_path / "run")],
+        ["train", "--resume", str(tmp_path / "run"), "--epochs", "2"],
+    ):  # fmt: skip
+        assert brainenc(arguments) == 0
+        announced.append("memory guard is ON" in capsys.readouterr().err)
+
+    assert announced == [True, False, False, True]
+
+
 @pytest.mark.parametrize("lost", ["predictions/lh_pred_test.npy", "checkpoints", "finished.json"])
 def test_the_mark_of_a_finished_run_is_not_believed_alone(command, tmp_path, lost):
     """What somebody deleted comes back, by the same command."""
