@@ -44,8 +44,8 @@ def run(mode: str) -> tuple[int, int]:
 def test_a_step_gets_the_pages_of_the_last_one_and_they_can_be_had_back():
     faults, returned = run("keep")
 
-    # Of 15 blocks that were freed and taken again. Some are new: a small object that comes to lie in a freed block makes
-    # it too short for the next. Four were seen once in many runs, and all 15 without the setting.
+    # Of 15 blocks that were freed and taken again. Some may be new: a small object that comes to lie in a freed block
+    # makes it too short for the next. Four were seen once in many runs, and all 15 without the setting.
     assert faults < 8 * PAGES
     assert returned > 36_000_000
 
