@@ -60,8 +60,15 @@ _SIGNED = re.compile(_SECRET_NAME, re.IGNORECASE)
 def redact(text: str) -> str:
     """``"s3://AKIA:secret@bucket/x?token=1"`` -> ``"s3://bucket/x?token=***"``; also in the middle of a message.
 
-    Redacting again changes nothing.
+    Redacting again changes nothing: what one pass leaves of addresses that run into one another may look like another
+    address with a user in it, so passes are made until one finds nothing. Each shortens the text, or hides a value.
     """
+    while (shown := _pass_over(text)) != text:
+        text = shown
+    return text
+
+
+def _pass_over(text: str) -> str:
     for pattern in (_USERINFO, _FLAT_USERINFO):
         text = pattern.sub(r"\g<scheme>", text)
     text = _HEADER.sub(lambda found: f"{found['key'] or found['scheme']}{HIDDEN}", text)

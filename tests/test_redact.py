@@ -4,7 +4,7 @@ import pickle
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from brainenc import errors
@@ -63,6 +63,7 @@ def test_no_secret_survives_in_any_form_and_redacting_again_changes_nothing(form
     assert redact(once) == once
 
 
+@example(["s3://AKIAEXAMPLE:s3cr3t@bucket", "https://user:s3cr3t@h.example:8443/x@y.png"])  # the port, then a user
 @given(st.lists(st.sampled_from([f.format(secret="s3cr3t") for f in FORMS] + list(" /@:?&=;,'\"#x")), max_size=8))
 def test_redacting_twice_is_redacting_once_for_any_text(pieces):
     once = redact("".join(pieces))
