@@ -8,6 +8,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.demo_beside import DemoBeside
+
 hypothesis.settings.register_profile("brainenc", deadline=None)  # a timing never decides a test
 hypothesis.settings.load_profile("brainenc")
 
@@ -42,6 +44,18 @@ def ray_session():
         )  # fmt: skip
         yield ray
         ray.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo_beside(request, cache, tmp_path_factory):
+    """The demo, at work beside the first tests if its own are among those to run: alone it would take a sixth of the
+    session, and most of that it waits."""
+    if not any(item.path.name == "test_demo.py" for item in request.session.items):
+        yield None
+        return
+    beside = DemoBeside(tmp_path_factory.mktemp("demo"))
+    yield beside
+    beside.end()
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -17,50 +15,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 BRAINENC = [sys.executable, "-m", "brainenc"]
 
 
-def pss(pid: int) -> int:
-    """Proportional set size of a process in bytes, 0 when it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
-
-
-class Watched:
-    """Largest sum of proportional set sizes of a command and all that it started, sampled while it runs."""
-
-    def __init__(self, process: subprocess.Popen) -> None:
-        self.peak_bytes, self._root = 0, psutil.Process(process.pid)
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._end.wait(1.0):  # a look at all of them takes a tenth of a second of the demo's own time
-            try:
-                family = [self._root, *self._root.children(recursive=True)]
-            except psutil.NoSuchProcess:
-                return
-            self.peak_bytes = max(self.peak_bytes, sum(pss(one.pid) for one in family))
-
-    def stop(self) -> int:
-        self._end.set()
-        self._thread.join()
-        return self.peak_bytes
-
-
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> dict:
+def demo(demo_beside) -> dict:
     """One run of the demo; its result, folder and memory."""
-    out = tmp_path_factory.mktemp("demo") / "out"
-    process = subprocess.Popen(
-        [*BRAINENC, "demo", "--out", str(out), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
-    watched = Watched(process)
-    stdout, stderr = process.communicate(timeout=360)
-    peak = watched.stop()
-    assert process.returncode == 0, stderr[-4000:]
-    return {"out": out, "peak_bytes": peak, **json.loads(stdout.splitlines()[-1])}
+    return demo_beside.result()
 
 
 def test_it_reaches_four_fifths_of_the_planted_ceiling(demo):

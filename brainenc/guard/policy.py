@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from math import ceil
 from typing import Any, Literal, NamedTuple
 
 from brainenc.errors import UsageError
@@ -255,6 +256,14 @@ class Policy:
         """A reading that is not judged, so that growth is known as well as if all were."""
         if (trend := self._trends.get(meter.name)) is not None:
             trend.add(now, meter.used)
+
+    def same_level(self, meter: Meter) -> tuple[int, int]:
+        """The least and the most bytes used between which this meter passes no threshold, and leaves none either."""
+        config = self.config
+        fractions = [t - h for t in config.thresholds.pair(meter.name) for h in (0.0, config.hysteresis)]
+        edges = [fraction * meter.limit for fraction in (*fractions, config.predict_from)]
+        least = max((ceil(edge) for edge in edges if edge <= meter.used), default=0)
+        return least, min((ceil(edge) - 1 for edge in edges if edge > meter.used), default=meter.limit)
 
     def _one(self, now: float, meter: Meter, timing: Timing) -> Decision:
         trend = self._trends.setdefault(meter.name, Trend(self.config.window_s))

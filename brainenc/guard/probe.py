@@ -176,14 +176,22 @@ class Probe:
         for group in self._groups:
             group.refresh()
 
-    def read(self, slack: dict[str, int] | None = None) -> Reading:
-        """Everything. A millisecond: for people, reports and the account of an incident."""
-        levels = self.levels()
+    def read(self, slack: dict[str, int] | None = None, *, limits_only: bool = False) -> Reading:
+        """Everything. A millisecond: for people, reports and the account of an incident.
+
+        Args:
+            slack: as for :meth:`gpus`.
+            limits_only: leave out the processes, the pressure and the file systems.
+        """
+        levels, gpus = self.levels(), tuple(self.gpus(slack))
+        worst = max(levels, key=lambda level: level.fraction)
+        if limits_only:
+            return Reading(ram=worst, levels=tuple(levels), gpus=gpus)
         pid = self._pid or os.getpid()
         return Reading(
-            ram=max(levels, key=lambda level: level.fraction),
+            ram=worst,
             levels=tuple(levels),
-            gpus=tuple(self.gpus(slack)),
+            gpus=gpus,
             process_bytes=anonymous_bytes(pid, self._root),
             family_bytes=sum(anonymous_bytes(p, self._root) for p in family(pid, self._root)),
             pressure=self._pressure(),

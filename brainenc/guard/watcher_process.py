@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from brainenc.guard.brake import Brake
@@ -35,14 +36,15 @@ from brainenc.guard.probe import BRIM, Probe
 from brainenc.guard.updating import UpdatingFlag
 
 READING_EVERY_S = 1.0
-_HOST_EVERY_S = 0.1
+_HOST_AT_LEAST_EVERY_S = 0.5
 _HOST_CALM = 0.6
 _GPU_EVERY_S = 0.1
 _PARENT_EVERY_S = 0.1
-_JUDGED_EVERY_S = 0.1
+_READ_EVERY_S = 0.1
+_JUDGED_EVERY_S = 0.5
 _STILL = 1 / 1000
-"""Of the limit: memory that has not moved by more since it was judged is judged again only after a while. At a look
-every 10 ms, judging costs more than looking."""
+"""Of the limit: memory that has not moved by more since it was judged, nor passed a threshold, is judged again only
+after a while. At a look every 10 ms, judging costs more than looking. What grows so slowly lasts for a minute."""
 
 
 class Lookout:
@@ -72,7 +74,8 @@ class Lookout:
         self._sent: tuple[Level, bool, bool] = ("ok", False, False)
         self._wake_at = float("inf")
         self._judged = Meter("ram", -1, 0)
-        self._judge_at = float("-inf")
+        self._still = (0, -1)
+        self._judge_at = self._read_at = float("-inf")
 
     def hear(self, message: dict[str, Any], now: float) -> None:
         """Take one message of the worker: ``timing``, ``slack``, ``uuids``, ``inject`` (a drill), ``wake_after``."""
@@ -94,12 +97,12 @@ class Lookout:
 
     def look(self, now: float) -> float:
         """Look once, tell the worker what it must know, and say how long to sleep."""
-        ram = self._glance() if now < self._judge_at else None
+        ram = self._glance() if now < min(self._read_at, self._judge_at) else None
         if ram is None or not self._is_still(ram):
             ram = self._ram(now)
         if now < self._judge_at and self._is_still(ram):
             self._policy.note(now, ram)
-            return max(0.0, min(sampling_interval(ram.used, ram.limit), self._judge_at - now))
+            return max(0.0, min(sampling_interval(ram.used, ram.limit), self._judge_at - now, self._read_at - now))
         decision = self._policy.look(now, self._pretend(now, [ram, *self._gpu_meters(now)]), self.timing)
         if decision.meter in self._injected:  # a drill jumps, which is no growth: it goes by the boundary, as drills do
             decision = replace(decision, urgent=False, rate=0.0, seconds_left=float("inf"))
@@ -113,19 +116,20 @@ class Lookout:
         if now - self._reading_at >= READING_EVERY_S:
             self._reading_at = now
             self._probe.refresh()
-            self._send(
-                {"kind": "reading", "at": now, "cpu_s": time.process_time(), **self._probe.read(self.slack).to_dict()}
-            )
+            reading = self._probe.read(self.slack, limits_only=True)
+            self._send({"kind": "reading", "at": now, "cpu_s": time.process_time(), **reading.to_dict()})
         if decision.level != "critical":
-            self._judged, self._judge_at = ram, min(now + _JUDGED_EVERY_S, self._gpu_at + _GPU_EVERY_S, self._wake_at)
+            self._judged, self._still = ram, self._stays(ram)
+            gpu_at = self._gpu_at + _GPU_EVERY_S if self._gpus else float("inf")
+            self._judge_at = min(now + _JUDGED_EVERY_S, gpu_at, self._reading_at + READING_EVERY_S, self._wake_at)
         return max(0.0, min(sampling_interval(ram.used, ram.limit), self._wake_at - now))
 
-    def doze(self, wait: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> bool:
-        """Glance again and again while nothing moves. As little as can be done every 10 ms: this is what the watcher
-        costs a training that works near its limit.
+    def doze(self, sleep: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> bool:
+        """Glance again and again while nothing moves, for a tenth of a second at most. As little as can be done every
+        10 ms: this is what the watcher costs a training that works near its limit.
 
         Args:
-            wait: sleeps until the next glance is due; true when somebody has spoken, which ends this.
+            sleep: until the next glance is due.
             clock: that of the looks.
 
         Returns:
@@ -135,14 +139,21 @@ class Lookout:
         if counter is None or counter.limit != self._judged.limit:
             return False
         fd, offset, limit = counter
-        middle, most = self._judged.used - offset, int(_STILL * limit)
-        low, high, until = middle - most, min(middle + most, int(BRIM * limit)), self._judge_at
-        seen = []
-        while not wait():
-            now, charged = clock(), int(os.pread(fd, 32, 0))
-            if now >= until or not low <= charged <= high:
+        low, high = self._still[0] - offset, min(self._still[1] - offset, int(BRIM * limit))
+        until = min(self._read_at, self._judge_at)
+        noted, fine = 0, int(_STILL * limit / 10)
+        seen, read = [], os.pread  # after each sleep no cache holds anything: every name that is looked up costs
+        while True:
+            sleep()
+            now = clock()
+            if now >= until:
                 break
-            seen.append((now, charged))
+            charged = int(read(fd, 32, 0))
+            if not low <= charged <= high:
+                break
+            if not -fine < charged - noted < fine:
+                seen.append((now, charged))
+                noted = charged
         for now, charged in seen:
             self._policy.note(now, Meter("ram", charged + offset, limit))
         return True
@@ -152,14 +163,20 @@ class Lookout:
         return Meter("ram", glance.used, glance.limit) if glance is not None else None
 
     def _is_still(self, ram: Meter) -> bool:
-        return ram.limit == self._judged.limit and abs(ram.used - self._judged.used) <= _STILL * ram.limit
+        return ram.limit == self._judged.limit and self._still[0] <= ram.used <= self._still[1]
+
+    def _stays(self, ram: Meter) -> tuple[int, int]:
+        """Bytes used at which a judgement may be put off."""
+        least, most = self._policy.same_level(ram)
+        return max(least, ram.used - int(_STILL * ram.limit)), min(most, ram.used + int(_STILL * ram.limit))
 
     def _ram(self, now: float) -> Meter:
         """The host is read less often while a group's limit is what binds."""
-        host = not self._probe.limited or self._host_fraction > _HOST_CALM or now - self._host_at >= _HOST_EVERY_S
-        levels = self._probe.levels(host=host)
+        host = not self._probe.limited or self._host_fraction > _HOST_CALM or now >= self._host_at
+        levels, self._read_at = self._probe.levels(host=host), now + _READ_EVERY_S
         if host:
-            self._host_at, self._host_fraction = now, levels[-1].fraction
+            self._host_fraction = levels[-1].fraction
+            self._host_at = now + sampling_interval(*levels[-1][:2], calm_s=_HOST_AT_LEAST_EVERY_S)
         worst = max(levels, key=lambda level: level.fraction)
         return Meter("ram", worst.used, worst.limit)
 
@@ -247,10 +264,7 @@ def main(settings: dict[str, Any]) -> None:
     outbox.send({"kind": "started", "at": time.monotonic(), "pid": os.getpid()})
     inbox = _inbox(0)
     pause = parent_at = 0.0
-
-    def wait() -> bool:
-        return bool(select.select([0], [], [], TENSE_S)[0])
-
+    nap = partial(time.sleep, TENSE_S)
     while True:
         messages = inbox(pause)
         if messages is None:
@@ -265,7 +279,7 @@ def main(settings: dict[str, Any]) -> None:
         outbox.flush()
         try:
             pause = lookout.look(now)
-            if pause == TENSE_S and os.name != "nt" and lookout.doze(wait):
+            if pause == TENSE_S and os.name != "nt" and lookout.doze(nap):
                 pause = 0.0
         except BrokenPipeError:  # the worker closed its end between two looks
             return

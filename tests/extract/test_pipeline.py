@@ -19,7 +19,7 @@ from brainenc.extract.prepare import create, survey
 from brainenc.featurestore.store import open_store
 from brainenc.guard.history import read_history
 from tests.extract.conftest import draw_image, save_images, tree
-from tests.extract.killing import family, finish, kill, receipts, start, wait_for
+from tests.extract.killing import kill, receipts
 from tests.extract.test_extractor import configured
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -212,31 +212,6 @@ def test_a_signal_stops_safely_and_what_is_left_can_be_done_later(tmp_path, work
     extract_here(config(tmp_path / "s"))
     assert without_manifests(tmp_path / "s") == without_manifests(reference)
     assert sealed.items() <= receipts(tmp_path / "s").items()
-
-
-def test_killing_everything_ends_byte_equal_and_computes_no_shard_twice(tmp_path, work):
-    config, reference = work
-    store, found = tmp_path / "s", config(tmp_path / "s")
-    command = [
-        "extract", "--images", found.sources[0].location, "--store", str(store), "--backbone", found.backbone,
-        "--feature", "5.q", "--feature", "4-5.token", "--rows-per-shard", "8", "--batch-size", "4", "--threads", "1",
-        "--device", "cpu", "--json",
-    ]  # fmt: skip
-    sealed: dict = {}
-    for moment in (11,):  # thirty moments: make chaos
-        run = start(command, log=tmp_path / "killed.log")
-        assert wait_for(lambda m=moment: len(receipts(store)) >= m, run), (tmp_path / "killed.log").read_text()
-        kill(family(run))
-        run.wait()
-        assert sealed.items() <= receipts(store).items()
-        sealed = receipts(store)
-
-    summary = finish(start(command, log=tmp_path / "last.log"), log=tmp_path / "last.log")
-
-    assert tree(store) == tree(reference)
-    assert sealed.items() <= receipts(store).items()
-    assert summary["shards_before"] >= len(sealed)
-    assert summary["shards_sealed"] == 36 - summary["shards_before"]
 
 
 def test_a_replaced_image_is_noticed_and_a_touched_one_is_not(tmp_path, miniature):

@@ -245,3 +245,25 @@ def test_a_shrink_that_helped_for_a_moment_did_not_help():
     escalation.calm()
 
     assert [escalation.critical(now) for now in (3, 7)] == [None, "stop"]
+
+
+@given(
+    limit=st.integers(1, 2**40), share=st.floats(0, 1), name=st.sampled_from(["ram", "gpu0"]),
+    batch_size=st.integers(1, 9), at=st.floats(0, 1),
+)  # fmt: skip
+def test_between_two_thresholds_the_level_stays(limit, share, name, batch_size, at):
+    """Whatever it was, wherever in between; and one byte further a threshold is passed, or there is nothing."""
+    config = PolicyConfig(thresholds=Thresholds.for_batch_size(batch_size))
+    used = int(share * limit)
+    least, most = Policy(config).same_level(Meter(name, used, limit))
+
+    def level(used):
+        return [classify(Meter(name, used, limit), Growth(), CALM, config, p).level for p in ("ok", "warn", "critical")]
+
+    assert 0 <= least <= used <= most <= limit
+    assert level(least) == level(used) == level(most) == level(least + int(at * (most - least)))
+    steep = Growth(steady=1e18)
+    predicted = [classify(Meter(name, u, limit), steep, CALM, config).predicted for u in (least, used, most)]
+    assert len(set(predicted)) == 1
+    edges = [u for u in (least - 1, most + 1) if 0 <= u <= limit]
+    assert all(level(u) != level(used) or (u < 0.7 * limit) != (used < 0.7 * limit) for u in edges)
