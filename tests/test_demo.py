@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +10,11 @@ import pytest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
-BRAINENC = [sys.executable, "-m", "brainenc"]
-
 
 @pytest.fixture(scope="module")
 def demo(demo_beside) -> dict:
-    """One run of the demo; its result, folder and memory."""
-    return demo_beside.result()
+    """One run of the demo: what it printed and where it is."""
+    return {"out": demo_beside.out, **demo_beside.result("demo")}
 
 
 def test_it_reaches_four_fifths_of_the_planted_ceiling(demo):
@@ -27,8 +23,8 @@ def test_it_reaches_four_fifths_of_the_planted_ceiling(demo):
     assert demo["max_val_perf"] == pytest.approx(truth["max_val_perf"])
 
 
-def test_all_its_processes_fit_in_four_gigabytes(demo):
-    assert 0 < demo["peak_bytes"] < 4e9
+def test_all_its_processes_fit_in_four_gigabytes(demo, demo_beside):
+    assert 0 < demo_beside.peak_bytes < 4e9
 
 
 def test_it_leaves_what_a_participant_hands_in(demo):
@@ -45,21 +41,9 @@ def test_it_draws_accuracy_per_roi(demo):
     assert Path(demo["picture"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_command_again_finds_it_done(demo):
-    again = subprocess.run(
-        [*BRAINENC, "demo", "--out", str(demo["out"]), "--json"], capture_output=True, text=True, timeout=200
-    )  # fmt: skip
-
-    assert again.returncode == 0, again.stderr[-4000:]
-    assert json.loads(again.stdout.splitlines()[-1])["val_perf"] == demo["val_perf"]
+def test_the_same_command_again_finds_it_done(demo, demo_beside):
+    assert demo_beside.result("again")["val_perf"] == demo["val_perf"]
 
 
-def test_shuffled_responses_stay_at_chance(demo, tmp_path):
-    out = demo["out"]
-    what = ["--subject-dir", out / "data" / "subj01", "--store", out / "store", "--feature", "dino-mini/2.q"]
-    how = ["--shuffle-responses", "--epochs", 2, "--lr", 0.002, "--workers", 0, "--out", tmp_path / "run", "--json"]
-    command = [str(word) for word in [*BRAINENC, "train", *what, *how]]
-    control = subprocess.run(command, capture_output=True, text=True, timeout=200)
-
-    assert control.returncode == 0, control.stderr[-4000:]
-    assert abs(json.loads(control.stdout.splitlines()[-1])["val_perf"]) < 0.1
+def test_shuffled_responses_stay_at_chance(demo_beside):
+    assert abs(demo_beside.result("shuffled")["val_perf"]) < 0.1

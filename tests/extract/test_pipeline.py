@@ -151,6 +151,7 @@ def test_bad_images_end_the_run_after_all_else_is_sealed(tmp_path, miniature):
     assert (~open_store(tmp_path / "s")["set/mini/3.q"].present).sum() == 3
 
 
+@pytest.mark.chaos
 def test_a_worker_that_is_killed_is_replaced_and_the_bytes_are_the_same(tmp_path, work):
     config, reference = work
 

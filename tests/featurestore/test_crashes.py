@@ -44,6 +44,7 @@ def test_death_at_every_step_loses_nothing_and_the_same_command_finishes(tmp_pat
     assert at > (50 if what == "kill" else 9), "the sweep did not reach every step"
 
 
+@pytest.mark.chaos
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(deaths=st.lists(st.integers(1, 60), min_size=2, max_size=6))
 def test_death_upon_death_loses_nothing(tmp_path_factory, calm, deaths):
@@ -107,6 +108,7 @@ class ReceiptInPlace(Collection):
         return receipt
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("broken", [PublishesInPlace, ReceiptFirst, ReceiptInPlace])
 def test_the_sweep_sees_a_store_that_is_broken_on_purpose(tmp_path, broken):
     """A test of the tests: each of these passes when nobody dies."""
