@@ -34,7 +34,7 @@ class Watched:
         self._thread.start()
 
     def _watch(self) -> None:
-        while not self._end.wait(1.0):  # a look at all of them takes a tenth of a second of the demo's own time
+        while not self._end.wait(2.0):  # a look at all of them takes a tenth of a second of the demo's own time
             try:
                 family = [self._root, *self._root.children(recursive=True)]
             except psutil.NoSuchProcess:

@@ -78,13 +78,13 @@ SMALL = {"timm": {"model": "test_vit"}}
 def test_every_family_is_stored_as_its_library_computes_it(tmp_path, kind):
     """To float16 rounding: each image alone through the library's own model, blocks watched by plain hooks."""
     torch.set_num_threads(1)
-    images = save_images(tmp_path / "set", 6, size=64)
+    images = save_images(tmp_path / "set", 3, size=64)
     backbone = backbone_string(kind, save_miniature(kind, tmp_path / kind, seed=2, **SMALL.get(kind, {})))
     model = load_backbone(backbone)
     modules = model.info.blocks
     blocks = {f"{n if model.info.numbered else name}.token": name for n, name in enumerate(modules)}
 
-    _, store = run(configured(tmp_path / "s", images, backbone, tuple(blocks), rows_per_shard=4))
+    _, store = run(configured(tmp_path / "s", images, backbone, tuple(blocks), rows_per_shard=2))
 
     views = {feature: store[f"set/{model.info.slug}/{feature}"] for feature in blocks}
     for row, path in enumerate(sorted(images.iterdir())):
