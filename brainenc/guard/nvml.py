@@ -57,6 +57,11 @@ class Nvml:
         self._devices: list[tuple[str, str, ctypes.c_void_p]] = []
         self._watch(uuids)
 
+    @property
+    def watches(self) -> bool:
+        """There are devices to look at."""
+        return bool(self._devices)
+
     def watch(self, uuids: Sequence[str]) -> None:
         """Look at these from now on."""
         if list(uuids) != self._wanted:

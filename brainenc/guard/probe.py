@@ -167,6 +167,11 @@ class Probe:
         """The GPUs. ``slack``: UUID -> bytes that torch holds without using them."""
         return self._nvml.look(slack)
 
+    @property
+    def watches_gpus(self) -> bool:
+        """There are devices that :meth:`gpus` asks, whether they answer or not."""
+        return self._nvml.watches
+
     def watch_gpus(self, uuids: Sequence[str]) -> None:
         """Look at these GPUs from now on; none is asked of when there are none."""
         self._nvml.watch(uuids)

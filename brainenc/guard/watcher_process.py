@@ -89,6 +89,7 @@ class Lookout:
             self._gpu_at = float("-inf")  # what was read before was judged by the old one
         if "uuids" in message:
             self._probe.watch_gpus(message["uuids"])
+            self._gpu_at = float("-inf")
         if "inject" in message:
             drill = message["inject"]
             self._injected[drill["meter"]] = (float(drill["fraction"]), now + float(drill["seconds"]))
@@ -113,16 +114,17 @@ class Lookout:
             self._wake_at = float("inf")
             self._send({"kind": "overdue", "at": now})
             self._wake()
-        if now - self._reading_at >= READING_EVERY_S:
+        if now >= self._reading_at + READING_EVERY_S:
             self._reading_at = now
             self._probe.refresh()
             reading = self._probe.read(self.slack, limits_only=True)
             self._send({"kind": "reading", "at": now, "cpu_s": time.process_time(), **reading.to_dict()})
-        if decision.level != "critical":
-            self._judged, self._still = ram, self._stays(ram)
-            gpu_at = self._gpu_at + _GPU_EVERY_S if self._gpus else float("inf")
-            self._judge_at = min(now + _JUDGED_EVERY_S, gpu_at, self._reading_at + READING_EVERY_S, self._wake_at)
-        return max(0.0, min(sampling_interval(ram.used, ram.limit), self._wake_at - now))
+        interval = sampling_interval(ram.used, ram.limit)
+        if decision.level == "critical":  # every look is judged: memory that falls and rises again is a new alarm
+            self._judge_at = float("-inf")
+            return max(0.0, min(interval, self._wake_at - now))
+        self._judged, self._still, self._judge_at = ram, self._stays(ram), self._due(now)
+        return max(0.0, min(interval, self._judge_at - now))
 
     def doze(self, sleep: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> bool:
         """Glance again and again while nothing moves, for a tenth of a second at most. As little as can be done every
@@ -141,7 +143,6 @@ class Lookout:
         fd, offset, limit = counter
         low, high = self._still[0] - offset, min(self._still[1] - offset, int(BRIM * limit))
         until = min(self._read_at, self._judge_at)
-        noted, fine = 0, int(_STILL * limit / 10)
         seen, read = [], os.pread  # after each sleep no cache holds anything: every name that is looked up costs
         while True:
             sleep()
@@ -151,9 +152,7 @@ class Lookout:
             charged = int(read(fd, 32, 0))
             if not low <= charged <= high:
                 break
-            if not -fine < charged - noted < fine:
-                seen.append((now, charged))
-                noted = charged
+            seen.append((now, charged))
         for now, charged in seen:
             self._policy.note(now, Meter("ram", charged + offset, limit))
         return True
@@ -165,6 +164,12 @@ class Lookout:
     def _is_still(self, ram: Meter) -> bool:
         return ram.limit == self._judged.limit and self._still[0] <= ram.used <= self._still[1]
 
+    def _due(self, now: float) -> float:
+        """When to judge at the latest, whatever memory does."""
+        gpu_at = self._gpu_at + _GPU_EVERY_S if self._probe.watches_gpus else float("inf")
+        drill_ends = min((end for _, end in self._injected.values()), default=float("inf"))
+        return min(now + _JUDGED_EVERY_S, gpu_at, self._reading_at + READING_EVERY_S, self._wake_at, drill_ends)
+
     def _stays(self, ram: Meter) -> tuple[int, int]:
         """Bytes used at which a judgement may be put off."""
         least, most = self._policy.same_level(ram)
@@ -175,13 +180,15 @@ class Lookout:
         host = not self._probe.limited or self._host_fraction > _HOST_CALM or now >= self._host_at
         levels, self._read_at = self._probe.levels(host=host), now + _READ_EVERY_S
         if host:
+            used, limit, _ = levels[-1]
             self._host_fraction = levels[-1].fraction
-            self._host_at = now + sampling_interval(*levels[-1][:2], calm_s=_HOST_AT_LEAST_EVERY_S)
+            edge = (self._policy.same_level(Meter("ram", used, limit))[1] + 1) / limit
+            self._host_at = now + sampling_interval(used, limit, calm_s=_HOST_AT_LEAST_EVERY_S, from_=edge)
         worst = max(levels, key=lambda level: level.fraction)
         return Meter("ram", worst.used, worst.limit)
 
     def _gpu_meters(self, now: float) -> list[Meter]:
-        if now - self._gpu_at >= _GPU_EVERY_S:
+        if now >= self._gpu_at + _GPU_EVERY_S:
             self._gpu_at = now
             found = self._probe.gpus(self.slack)
             self._gpus = [Meter(f"gpu{i}", max(0, g.used - g.slack), g.limit) for i, g in enumerate(found)]
