@@ -140,8 +140,13 @@ def latest(place: Place, key: str, *, known: int = 0) -> Commit | None:
     Raises:
         CorruptData: manifests are there, and not one is whole.
     """
+    return _newest(place, key, numbers(place, key, known=known), known)
+
+
+def _newest(place: Place, key: str, listed: list[int], known: int) -> Commit | None:
+    """The highest whole manifest of those that were listed."""
     problem: CorruptData | None = None
-    for number in reversed(numbers(place, key, known=known)):
+    for number in reversed(listed):
         try:
             return Commit(number, read(place, key, number))
         except FileNotFoundError:  # removed since it was listed
@@ -168,13 +173,15 @@ def advance(place: Place, key: str, change: Callable[[Manifest], Manifest]) -> C
     """
     taken = 0  # a number that refused us is there, even where a listing does not show it for a while
     for _ in range(_TRIES):
-        current = latest(place, key, known=taken)
+        listed = numbers(place, key, known=taken)
+        current = _newest(place, key, listed, taken)
         if current is None:
             raise StoreError(f"{place.url}/{key} has no manifest: the collection was never created, or was removed.")
         wanted = change(current.manifest)
         if wanted == current.manifest:
             return current
-        number = numbers(place, key, known=taken)[-1] + 1  # above broken ones, too
+        # Above broken ones, too; but of the same listing: what came after it, we have not read.
+        number = listed[-1] + 1
         if place.create(layout.manifest_file(key, number), wanted.to_bytes()):
             return Commit(number, wanted)
         taken = number

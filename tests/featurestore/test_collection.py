@@ -282,6 +282,24 @@ class TestCommit:
         numbers = commit.numbers(collection.place, KEY)
         assert numbers == list(range(1, len(numbers) + 1))
 
+    def test_a_commit_that_comes_in_between_is_built_upon(self, tmp_path):
+        """Another driver commits after the current manifest was read, and before the next one is written."""
+        collection, rows = make_collection(tmp_path), values(23)
+        fill(collection, rows, shards=[0])
+        others = []
+
+        def change(manifest):
+            if not others:
+                fill(collection, rows, shards=[4])
+                others.append(collection.commit())
+            (entry,) = [one for one in others[0].shards if one.shard == 0]
+            shards = {one.shard: one for one in (*manifest.shards, entry)}
+            return replace(manifest, shards=tuple(shards[n] for n in sorted(shards)))
+
+        commit.advance(collection.place, KEY, change)
+
+        assert [entry.shard for entry in collection.manifest().shards] == [0, 4]
+
     @pytest.mark.parametrize("claimed_fresh", [True, False])
     def test_a_stale_listing_costs_one_try_and_not_all(self, tmp_path, monkeypatch, claimed_fresh):
         """As a network file system shows it for up to a minute, to drivers on several machines."""

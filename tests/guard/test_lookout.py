@@ -163,9 +163,9 @@ def test_glances_end_at_a_threshold_however_little_was_missing(tmp_path, used):
     assert round(machine.now / STEP) in ((5,) if used > 0.8 else (10, 11))
 
 
-@pytest.mark.parametrize("total", [8e9, 16e9, 64e9])
-@pytest.mark.parametrize("before", [0.1, 0.3, 0.5, 0.6])
-@pytest.mark.parametrize("phase", [0.0, 0.13, 0.26, 0.39])
+@pytest.mark.parametrize("total", [8e9, 64e9])
+@pytest.mark.parametrize("before", [0.1, 0.5, 0.6])
+@pytest.mark.parametrize("phase", [0.0, 0.13, 0.39])
 def test_a_host_that_fills_as_fast_as_memory_can_is_seen_within_150_ms(tmp_path, total, before, phase):
     """While the group's own memory is as it was, and only glanced at. 14 GB/s; an emptier host is read less often."""
     machine = Charged(tmp_path, used=int(0.75 * LIMIT), charged=int(0.80 * LIMIT), predict_from=1.0)
