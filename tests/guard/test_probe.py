@@ -250,3 +250,15 @@ def test_inside_a_real_group_a_glance_sees_what_is_allocated():
 
     assert 50 << 20 <= grown < 54 << 20
     assert abs(off) < 2 << 20
+
+
+def test_the_limits_alone_are_had_without_looking_at_processes(tmp_path):
+    """What the watcher tells every second: a training has a hundred threads to ask otherwise."""
+    FakeTree(tmp_path).file("proc/7/statm", "100 90 10 0 0 0 0\n")
+    probe = Probe(root=tmp_path, pid=7, disks=[tmp_path], nvml=Nvml(uuids=[]))
+
+    whole, limits = probe.read(), probe.read(limits_only=True)
+
+    assert (whole.process_bytes > 0, len(whole.disks)) == (True, 1)
+    assert (limits.ram, limits.levels) == (whole.ram, whole.levels)
+    assert (limits.process_bytes, limits.family_bytes, limits.disks, limits.shm) == (0, 0, (), None)
