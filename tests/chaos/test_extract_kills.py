@@ -64,7 +64,7 @@ def test_thirty_random_kills_end_byte_equal_and_no_sealed_shard_is_computed_twic
         assert tree(store) == tree(reference), f"seed {seed}, store {n}"
         assert sealed.items() <= receipts(store).items()
         assert summary["shards_before"] >= len(sealed)
-        assert summary["shards_sealed"] == 60 - summary["shards_before"]
+        assert summary["shards_sealed"] + summary["shards_before"] == len(receipts(reference))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
