@@ -8,11 +8,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from benchmarks.figures import Figure
+
+if TYPE_CHECKING:
+    from brainenc.guard.testing import MemoryLimit
 
 TITLE = "Memory guard"
 NOTES = """\
@@ -50,7 +55,7 @@ def run() -> list[Figure]:
         folder = Path(scratch)
         figures = [*_calm(folder), *_worker(), _saving(folder), _all_ranks(folder)]
         if can_limit_memory():
-            figures += [*_tense(folder), *_races(folder), _false_alarms(folder)]
+            figures += [*_tense(folder), *_beside_workers(folder), *_races(folder), _false_alarms(folder)]
     return figures
 
 
@@ -252,6 +257,54 @@ def _tense(folder: Path) -> list[Figure]:
     ]  # fmt: skip
 
 
+def _beside_workers(folder: Path) -> list[Figure]:
+    """The watchers of two Ray workers that train under a limit of 8 GB, which the driver fills or not."""
+    figures = []
+    for name, held in (("far from it", 0), ("of which three quarters are used", 3_000)):
+        shares, used = _two_watchers(folder / f"held{held}", held * MB)
+        label = f"the slower of two Ray workers' watchers, limit 8 GB, {name}"
+        figures.append(Figure(name=label, value=100 * max(shares), unit="% of a core", target=1, at_most=True,
+                              note=f"{used:.0%} used"))  # fmt: skip
+    return figures
+
+
+def _two_watchers(folder: Path, held: int) -> tuple[list[float], float]:
+    """Their shares of a core over 20 s, and the fraction of the limit that was used at the end."""
+    from brainenc.guard.testing import MemoryLimit
+
+    folder.mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(folder), "TMPDIR": str(folder)}
+    command = [sys.executable, ROOT / "tests/guard/leaking_run.py", folder, "0.001", str(held)]
+    with MemoryLimit(8_000_000_000) as group:
+        run = subprocess.Popen(
+            command, preexec_fn=group.enter, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while not (folder / "trigger").exists():  # a few steps are done
+            if run.poll() is not None:
+                raise RuntimeError(f"the run ended with {run.returncode}")
+            time.sleep(1)
+        time.sleep(3)
+        watchers = [pid for pid in group.processes() if _is_watcher(pid)]
+        with ThreadPoolExecutor() as pool:
+            shares = [cores for cores, _ in pool.map(_watcher_use, watchers, [20.0] * len(watchers))]
+        used = float(_ask(group, "from brainenc.guard.probe import Probe; print(Probe().levels()[0].fraction)"))
+        run.kill()
+        run.wait()
+    assert len(shares) == 2, shares
+    return shares, used
+
+
+def _is_watcher(pid: int) -> bool:
+    return b"watcher_process" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def _ask(group: MemoryLimit, program: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", program], preexec_fn=group.enter, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+
 def _races(folder: Path) -> list[Figure]:
     """Five leaks of each kind against the guard of a plain script."""
     figures = []
@@ -304,11 +357,11 @@ def _inside(limit: int, command: list, folder: Path, *, check: bool = True) -> s
 def _watcher_use(pid: int, seconds: float) -> tuple[float, int]:
     """Share of a core over some seconds, and resident bytes."""
 
-    def ticks() -> int:
-        return sum(map(int, Path(f"/proc/{pid}/stat").read_text().split()[13:15]))
+    def spent() -> int:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
 
-    before, start = ticks(), time.perf_counter()
+    before, start = spent(), time.perf_counter()
     time.sleep(seconds)
-    cores = (ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.perf_counter() - start)
+    cores = (spent() - before) / 1e9 / (time.perf_counter() - start)
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return cores, pages * os.sysconf("SC_PAGE_SIZE")

@@ -46,7 +46,8 @@ def _lines(machine: Machine) -> list[str]:
     lines += [f"   {_room(f.free, f.total)}  {f.path} ({f.file_system or '?'})" for f in machine.folders]
     monitor = "off" if machine.ray_threshold is None else f"kills at {machine.ray_threshold:.0%}"
     address = machine.ray_address or "none, a local one is started"
-    return [*lines, "", f"Ray: memory monitor {monitor}; address {address}"]
+    glances = "in C" if machine.compiled else "in Python (there was no C compiler when brainenc was installed)"
+    return [*lines, "", f"Ray: memory monitor {monitor}; address {address}", f"Memory guard: glances {glances}"]
 
 
 def _memory(reading: Reading) -> list[str]:

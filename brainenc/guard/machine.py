@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from brainenc.guard import glances
 from brainenc.guard.conflicts import Surroundings, conflicts
 from brainenc.guard.policy import Thresholds
 from brainenc.guard.probe import Reading, take_reading
@@ -49,6 +50,8 @@ class Machine:
     ray_address: str
     bytecode: bool
     """Python may write its bytecode cache."""
+    compiled: bool
+    """The watcher's glances are in C; else in Python, at twice the price."""
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -67,7 +70,7 @@ def examine(folders: Sequence[str | os.PathLike[str]] = (".",)) -> Machine:
         versions=_versions(), reading=reading, host_memory=reading.levels[-1].limit,
         folders=tuple(lying),
         ray_threshold=None if off else float(threshold), ray_address=os.environ.get("RAY_ADDRESS", ""),
-        bytecode=not sys.dont_write_bytecode,
+        bytecode=not sys.dont_write_bytecode, compiled=glances.COMPILED,
     )  # fmt: skip
 
 

@@ -168,10 +168,10 @@ class Trend:
         self._window_s = window_s
         self._seen: deque[tuple[float, int]] = deque()
 
-    def add(self, now: float, used: int) -> None:
-        """Keep a reading, forget those that are too old (one older than the window stays, as its left edge)."""
-        self._seen.append((now, used))
-        while len(self._seen) > 2 and self._seen[1][0] <= now - self._window_s:
+    def add(self, readings: Iterable[tuple[float, int]]) -> None:
+        """Keep readings, forget those that are too old (one older than the window stays, as its left edge)."""
+        self._seen.extend(readings)
+        while len(self._seen) > 2 and self._seen[1][0] <= self._seen[-1][0] - self._window_s:
             self._seen.popleft()
 
     def growth(self) -> Growth:
@@ -252,10 +252,15 @@ class Policy:
         worst = max((self._one(now, meter, timing) for meter in meters), key=_badness, default=None)
         return worst or Decision(level="ok", meter="ram", used=0, limit=0, threshold=self.config.thresholds.ram_warn)
 
-    def note(self, now: float, meter: Meter) -> None:
-        """A reading that is not judged, so that growth is known as well as if all were."""
-        if (trend := self._trends.get(meter.name)) is not None:
-            trend.add(now, meter.used)
+    def note(self, name: str, readings: Iterable[tuple[float, int]]) -> None:
+        """Readings of a meter that are not judged, so that growth is known as well as if all were.
+
+        Args:
+            name: of the meter.
+            readings: when, and how many bytes were used.
+        """
+        if (trend := self._trends.get(name)) is not None:
+            trend.add(readings)
 
     def same_level(self, meter: Meter) -> tuple[int, int]:
         """The least and the most bytes used between which this meter passes no threshold, and leaves none either."""
@@ -267,7 +272,7 @@ class Policy:
 
     def _one(self, now: float, meter: Meter, timing: Timing) -> Decision:
         trend = self._trends.setdefault(meter.name, Trend(self.config.window_s))
-        trend.add(now, meter.used)
+        trend.add([(now, meter.used)])
         before, since = self._levels.get(meter.name, ("ok", now))
         decision = classify(meter, trend.growth(), timing, self.config, before)
         if RANK[decision.level] < RANK[before] and now - since < self.config.dwell_s:

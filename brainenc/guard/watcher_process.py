@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 from brainenc.guard.brake import Brake
+from brainenc.guard.glances import glances
 from brainenc.guard.messages import Level
 from brainenc.guard.nvml import Nvml
 from brainenc.guard.policy import (
@@ -32,9 +33,10 @@ from brainenc.guard.policy import (
     Timing,
     sampling_interval,
 )
-from brainenc.guard.probe import BRIM, Probe
+from brainenc.guard.probe import BRIM, Counter, Probe
 from brainenc.guard.updating import UpdatingFlag
 
+Glances = Callable[[int, float, int, int], list[tuple[float, int]]]
 READING_EVERY_S = 1.0
 _HOST_AT_LEAST_EVERY_S = 0.5
 _HOST_CALM = 0.6
@@ -102,7 +104,7 @@ class Lookout:
         if ram is None or not self._is_still(ram):
             ram = self._ram(now)
         if now < self._judge_at and self._is_still(ram):
-            self._policy.note(now, ram)
+            self._policy.note("ram", [(now, ram.used)])
             return max(0.0, min(sampling_interval(ram.used, ram.limit), self._judge_at - now, self._read_at - now))
         decision = self._policy.look(now, self._pretend(now, [ram, *self._gpu_meters(now)]), self.timing)
         if decision.meter in self._injected:  # a drill jumps, which is no growth: it goes by the boundary, as drills do
@@ -126,36 +128,36 @@ class Lookout:
         self._judged, self._still, self._judge_at = ram, self._stays(ram), self._due(now)
         return max(0.0, min(interval, self._judge_at - now))
 
-    def doze(self, sleep: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> bool:
-        """Glance again and again while nothing moves, for a tenth of a second at most. As little as can be done every
-        10 ms: this is what the watcher costs a training that works near its limit.
+    def doze(self, glances: Glances, clock: Callable[[], float] = time.monotonic) -> bool:
+        """Glance again and again while nothing moves, with a full look ten times a second. As little as can be done
+        every 10 ms: this is what the watcher costs a training that works near its limit.
 
         Args:
-            sleep: until the next glance is due.
+            glances: of ``brainenc.guard.glances``, with an inbox and a nap.
             clock: that of the looks.
 
         Returns:
             whether it has waited at all; not where there is nothing that can be glanced at.
         """
+        waited = False
+        while (counter := self._counter()) is not None:
+            fd, offset, limit = counter
+            low, high = self._still[0] - offset, min(self._still[1] - offset, int(BRIM * limit))
+            until = min(self._read_at, self._judge_at)
+            seen = glances(fd, until, low, high)
+            self._policy.note("ram", [(at, charged + offset) for at, charged in seen])
+            waited, now = True, clock()
+            if now < until or now >= self._judge_at:
+                break
+            ram = self._ram(now)
+            if not self._is_still(ram):
+                break
+            self._policy.note("ram", [(now, ram.used)])
+        return waited
+
+    def _counter(self) -> Counter | None:
         counter = self._probe.counter() if self._host_fraction <= _HOST_CALM else None
-        if counter is None or counter.limit != self._judged.limit:
-            return False
-        fd, offset, limit = counter
-        low, high = self._still[0] - offset, min(self._still[1] - offset, int(BRIM * limit))
-        until = min(self._read_at, self._judge_at)
-        seen, read = [], os.pread  # after each sleep no cache holds anything: every name that is looked up costs
-        while True:
-            sleep()
-            now = clock()
-            if now >= until:
-                break
-            charged = int(read(fd, 32, 0))
-            if not low <= charged <= high:
-                break
-            seen.append((now, charged))
-        for now, charged in seen:
-            self._policy.note(now, Meter("ram", charged + offset, limit))
-        return True
+        return counter if counter is not None and counter.limit == self._judged.limit else None
 
     def _glance(self) -> Meter | None:
         glance = self._probe.glance() if self._host_fraction <= _HOST_CALM else None
@@ -271,7 +273,7 @@ def main(settings: dict[str, Any]) -> None:
     outbox.send({"kind": "started", "at": time.monotonic(), "pid": os.getpid()})
     inbox = _inbox(0)
     pause = parent_at = 0.0
-    nap = partial(time.sleep, TENSE_S)
+    doze = partial(lookout.doze, partial(glances, 0, TENSE_S))
     while True:
         messages = inbox(pause)
         if messages is None:
@@ -286,7 +288,7 @@ def main(settings: dict[str, Any]) -> None:
         outbox.flush()
         try:
             pause = lookout.look(now)
-            if pause == TENSE_S and os.name != "nt" and lookout.doze(nap):
+            if pause == TENSE_S and os.name != "nt" and doze():
                 pause = 0.0
         except BrokenPipeError:  # the worker closed its end between two looks
             return

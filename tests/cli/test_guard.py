@@ -6,6 +6,7 @@ import pytest
 
 from brainenc.cli.main import run
 from brainenc.extract.guard_record import guard_folder
+from brainenc.guard.glances import COMPILED
 from brainenc.guard.messages import CheckpointAck, WorkerReport
 from brainenc.guard.office import Office
 from brainenc.records import JsonLines
@@ -129,4 +130,6 @@ def test_doctor_tells_facts_and_troubles(tmp_path, capsys):
 
 def test_doctor_for_people(capsys):
     assert run(["doctor"]) == 0
-    assert "Memory (what counts is the fullest):" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Memory (what counts is the fullest):" in printed
+    assert f"glances in {'C' if COMPILED else 'Python'}" in printed

@@ -176,7 +176,7 @@ def test_a_level_never_reads_better_than_its_threshold_says(fractions, every, sa
 def test_the_trend_of_a_steady_leak_is_its_rate(rate, every):
     trend = Trend(0.25)
     for i in range(40):
-        trend.add(i * every, int(rate * i * every))
+        trend.add([(i * every, int(rate * i * every))])
 
     assert trend.growth().steady == pytest.approx(rate, rel=0.01)
 
@@ -184,7 +184,7 @@ def test_the_trend_of_a_steady_leak_is_its_rate(rate, every):
 def test_a_trend_needs_a_full_window():
     trend = Trend(0.25)
     for i in range(10):
-        trend.add(i * 0.01, i * GB)
+        trend.add([(i * 0.01, i * GB)])
 
     assert trend.growth() == Growth(0.0, 0.0)
 
