@@ -49,7 +49,7 @@ def in_python(
 
 
 try:
-    from brainenc.guard._glances import glances
+    from brainenc.guard._glances import glances as glances
 except ImportError:  # installed without a compiler, or not on Linux
     glances = in_python
 
