@@ -17,7 +17,7 @@ help:  ## what can be made
 
 setup: $(STAMP)  ## .venv with everything pinned by constraints.txt (the other targets do this by themselves)
 
-$(STAMP): pyproject.toml constraints.txt brainenc/guard/_glances.c
+$(STAMP): pyproject.toml constraints.txt hatch_build.py brainenc/guard/_glances.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
@@ -53,4 +53,4 @@ constraints: $(STAMP)  ## resolve the pins again from pyproject.toml
 	  --no-header --no-annotate --quiet --output-file constraints.txt
 
 clean:  ## remove what was built, never data
-	rm -rf $(VENV) build dist *.egg-info brainenc/guard/_glances*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist brainenc/guard/_glances*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -46,8 +46,9 @@ def _lines(machine: Machine) -> list[str]:
     lines += [f"   {_room(f.free, f.total)}  {f.path} ({f.file_system or '?'})" for f in machine.folders]
     monitor = "off" if machine.ray_threshold is None else f"kills at {machine.ray_threshold:.0%}"
     address = machine.ray_address or "none, a local one is started"
-    glances = "in C" if machine.compiled else "in Python (there was no C compiler when brainenc was installed)"
-    return [*lines, "", f"Ray: memory monitor {monitor}; address {address}", f"Memory guard: glances {glances}"]
+    loop = f"in Python ({machine.why_not_compiled})" if machine.why_not_compiled else "in C"
+    lines += ["", f"Ray: memory monitor {monitor}; address {address}"]
+    return [*lines, f"Memory guard: the watcher's loop is {loop}"]
 
 
 def _memory(reading: Reading) -> list[str]:

@@ -1,1 +1,5 @@
-def glances(inbox: int, nap_s: float, fd: int, until: float, low: int, high: int, /) -> list[tuple[float, int]]: ...
+from brainenc.guard.glances import Text
+
+CONTRACT: int
+
+def glances(inbox: int, nap_s: float, until: float, texts: tuple[Text, ...], /) -> list[tuple[float, int]]: ...

@@ -12,9 +12,17 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from brainenc.guard.glances import Fields, total
+
 UNLIMITED = 1 << 60
 """Version 1 writes about 2^63 where version 2 writes ``max``; nothing real comes near."""
-_V2_KERNEL = (b"kernel_stack", b"pagetables", b"sec_pagetables", b"percpu", b"vmalloc", b"slab_unreclaimable")
+_V1: Fields = ((b"total_rss ", 1), (b"total_shmem ", 1))
+_V2: Fields = ((b"anon ", 1), (b"shmem ", 1), (b"sock ", 1))
+_V2_WHOLE: Fields = ((b"kernel ", 1), (b"slab_reclaimable ", -1))
+_V2_PARTS: Fields = (
+    (b"kernel_stack ", 1), (b"pagetables ", 1), (b"sec_pagetables ", 1), (b"percpu ", 1), (b"vmalloc ", 1),
+    (b"slab_unreclaimable ", 1),
+)  # fmt: skip
 
 
 class Mount(NamedTuple):
@@ -23,6 +31,14 @@ class Mount(NamedTuple):
     version: int
     point: Path
     group: Path
+
+
+class Gauge(NamedTuple):
+    """Where the bytes used can be read at the price of a glance: numbers of a text, and what to add to their sum."""
+
+    fd: int
+    offset: int
+    fields: Fields
 
 
 class LimitedGroup:
@@ -39,7 +55,9 @@ class LimitedGroup:
         self.name = f"cgroup v{version} {folder}"
         self._stat = os.open(folder / "memory.stat", os.O_RDONLY)
         self._kmem = _open(folder / "memory.kmem.usage_in_bytes") if version == 1 else -1
-        self.charged_fd = _open(folder / ("memory.usage_in_bytes" if version == 1 else "memory.current"))
+        self._listed = 0
+        whole = b"\nkernel " in b"\n" + os.pread(self._stat, 16384, 0)
+        self._fields = _V1 if version == 1 else _V2 + (_V2_WHOLE if whole else _V2_PARTS)
 
     def used(self, host_kernel_share: float = 1.0) -> int:
         """Bytes that the kernel cannot take back.
@@ -48,20 +66,14 @@ class LimitedGroup:
             host_kernel_share: version 1 says how much kernel memory a group has, not how much of it could be
                 reclaimed; this is the unreclaimable share on the whole host, taken for the group's.
         """
-        stat = b"\n" + os.pread(self._stat, 16384, 0) + b"\n"
-        if self.version == 1:
-            kernel = int(_number(os.pread(self._kmem, 32, 0)) * host_kernel_share) if self._kmem >= 0 else 0
-            return _field(stat, b"total_rss") + _field(stat, b"total_shmem") + kernel
-        whole = _field(stat, b"kernel")
-        kernel = (
-            max(0, whole - _field(stat, b"slab_reclaimable")) if whole else sum(_field(stat, k) for k in _V2_KERNEL)
-        )
-        return _field(stat, b"anon") + _field(stat, b"shmem") + kernel + _field(stat, b"sock")
+        self._listed = total(os.pread(self._stat, 16384, 0), self._fields)
+        kernel = int(_number(os.pread(self._kmem, 32, 0)) * host_kernel_share) if self._kmem >= 0 else 0
+        return max(0, self._listed + kernel)
 
-    def charged(self) -> int:
-        """Everything that is charged to the group, page cache included; -1 where the kernel does not tell. A tenth of
-        the price of :meth:`used`: one number instead of a page of text."""
-        return int(os.pread(self.charged_fd, 32, 0)) if self.charged_fd >= 0 else -1
+    def gauge(self, used: int) -> Gauge:
+        """What to read for glances after :meth:`used` has told ``used``. Kernel memory of version 1, which is not in
+        the same file, stands as it was then."""
+        return Gauge(self._stat, used - self._listed, self._fields)
 
     def refresh(self) -> None:
         """Read the limit again: ``docker update`` and Slurm change it under a running job."""
@@ -74,10 +86,10 @@ class LimitedGroup:
 
     def close(self) -> None:
         """Close the files."""
-        for fd in (self._stat, self._kmem, self.charged_fd):
+        for fd in (self._stat, self._kmem):
             if fd >= 0:
                 os.close(fd)
-        self._stat = self._kmem = self.charged_fd = -1
+        self._stat = self._kmem = -1
 
 
 def limited_groups(root: Path = Path("/")) -> list[LimitedGroup]:
@@ -146,15 +158,6 @@ def _inside(point: Path, mount_root: str, path: str) -> Path:
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]  # a namespace may show "/../.."
     folder = point.joinpath(*parts)
     return folder if folder.is_dir() else point
-
-
-def _field(stat: bytes, name: bytes) -> int:
-    """The number after ``name`` in a stat file with newlines put around it; 0 where it is not listed."""
-    start = stat.find(b"\n" + name + b" ")
-    if start < 0:
-        return 0
-    start += len(name) + 2
-    return int(stat[start : stat.find(b"\n", start)])
 
 
 def _number(text: bytes) -> int:

@@ -1,56 +1,98 @@
-"""Glances: between two full looks at memory, one number every 10 ms.
+"""Glances at memory: the loop that sleeps and reads, and does nothing else while nothing moves.
 
-This is what the watcher does for hours beside a training that works near its limit, so it is done in C where the
-package could be built with a compiler, at half of the price.
+This is what the watcher does for hours beside a training that works near its limit, every 10 ms, so it is done in C
+where the package could be built with a compiler.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import time
 from collections.abc import Callable
+from typing import NamedTuple
+
+CONTRACT = 1
+"""Of :func:`glances`, as in ``_glances.c``: an extension of another one is not used."""
+_LISTEN_EVERY_S = 0.1
+Fields = tuple[tuple[bytes, int], ...]
+"""What each number of a text begins with at the start of its line, and how many times it counts."""
+
+
+class Text(NamedTuple):
+    """A file of the kernel's with a number on each line, and between which values their sum is nothing new."""
+
+    fd: int
+    low: int
+    high: int
+    offset: int
+    fields: Fields
+
+
+def total(text: bytes, fields: Fields) -> int:
+    """The sum of the numbers that are listed, each as often as it counts."""
+    text, found = b"\n" + text, 0
+    for name, weight in fields:
+        start = text.find(b"\n" + name)
+        if start >= 0:
+            start += 1 + len(name)
+            end = text.find(b"\n", start)
+            found += weight * int(text[start : end if end >= 0 else None].split(None, 1)[0])
+    return found
 
 
 def in_python(
-    inbox: int, nap_s: float, fd: int, until: float, low: int, high: int, *,
+    inbox: int, nap_s: float, until: float, texts: tuple[Text, ...], *,
     sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = time.monotonic,
 ) -> list[tuple[float, int]]:  # fmt: skip
-    """Sleep and read, again and again: until the time is up, or the number leaves its band.
+    """Sleep and read, again and again: until the time is up, or a sum leaves its band, or somebody speaks.
 
     Args:
-        inbox: a pipe: nothing is done when a message waits there. -1 for none.
+        inbox: a pipe, looked at ten times a second; -1 for none.
         nap_s: seconds between two glances.
-        fd: a file that holds one number.
         until: end at this time of ``clock``.
-        low: the least that the number may be.
-        high: the most.
+        texts: at least one.
 
     Returns:
-        when it was read, and the number, for each glance but the one that ended them.
+        when it was read, and the first text's sum with its offset, for each glance at which nothing was new. In C, not
+        more than 128 of them.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it holds no number.
+        OSError: a file cannot be read, or is empty.
+        ValueError: a name is not followed by a number (in C it counts as 0).
     """
     seen: list[tuple[float, int]] = []
-    read = os.pread  # after each sleep no cache holds anything: every name that is looked up costs
-    if inbox >= 0 and select.select([inbox], [], [], 0)[0]:
-        return seen
+    now, listened, read = clock(), float("-inf"), os.pread
     while True:
-        sleep(nap_s)
+        if now >= listened + _LISTEN_EVERY_S:
+            if inbox >= 0 and select.select([inbox], [], [], 0)[0]:
+                return seen
+            listened = now
+        sleep(min(nap_s, max(0.0, until - now)))
         now = clock()
         if now >= until:
             return seen
-        number = int(read(fd, 32, 0))
-        if not low <= number <= high:
-            return seen
-        seen.append((now, number))
+        found = []
+        for text in texts:
+            content = read(text.fd, 16383, 0)
+            if not content:
+                raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+            found.append(text.offset + total(content, text.fields))
+            if not text.low <= found[-1] <= text.high:
+                return seen
+        seen.append((now, found[0]))
 
 
+glances: Callable[[int, float, float, tuple[Text, ...]], list[tuple[float, int]]] = in_python
+WHY_NOT_COMPILED = ""
+"""Empty where the loop in C is used."""
 try:
-    from brainenc.guard._glances import glances as glances
-except ImportError:  # installed without a compiler, or not on Linux
-    glances = in_python
-
-COMPILED = glances is not in_python
+    from brainenc.guard import _glances
+except ImportError as error:
+    WHY_NOT_COMPILED = f"{error}; it is built when brainenc is installed, with a C compiler and Python's headers"
+else:
+    if _glances.CONTRACT == CONTRACT:
+        glances = _glances.glances
+    else:
+        WHY_NOT_COMPILED = "it was built for another version of brainenc; install it again"

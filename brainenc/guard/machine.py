@@ -50,8 +50,8 @@ class Machine:
     ray_address: str
     bytecode: bool
     """Python may write its bytecode cache."""
-    compiled: bool
-    """The watcher's glances are in C; else in Python, at twice the price."""
+    why_not_compiled: str
+    """Why the watcher's glances are in Python, which costs more; empty where they are in C."""
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -70,7 +70,7 @@ def examine(folders: Sequence[str | os.PathLike[str]] = (".",)) -> Machine:
         versions=_versions(), reading=reading, host_memory=reading.levels[-1].limit,
         folders=tuple(lying),
         ray_threshold=None if off else float(threshold), ray_address=os.environ.get("RAY_ADDRESS", ""),
-        bytecode=not sys.dont_write_bytecode, compiled=glances.COMPILED,
+        bytecode=not sys.dont_write_bytecode, why_not_compiled=glances.WHY_NOT_COMPILED,
     )  # fmt: skip
 
 

@@ -18,12 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from brainenc.guard.cgroup import LimitedGroup, limited_groups
+from brainenc.guard.cgroup import Gauge, LimitedGroup, limited_groups
 from brainenc.guard.nvml import GpuUse, Nvml
 
 _LINUX: bool = sys.platform == "linux"
-BRIM = 0.97
-"""Of a group's limit: with more charged, the kernel drops page cache for what grows, and the sum stays."""
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -38,14 +36,6 @@ class MemoryUse(NamedTuple):
     def fraction(self) -> float:
         """0 to 1, and above where a limit was lowered under a running job."""
         return self.used / self.limit if self.limit else 0.0
-
-
-class Counter(NamedTuple):
-    """Where the bytes charged to a group can be read, what to add for those used, and the group's limit."""
-
-    fd: int
-    offset: int
-    limit: int
 
 
 class Host(NamedTuple):
@@ -115,7 +105,6 @@ class Probe:
         self._host = host or host_source(root)
         self._nvml = nvml if nvml is not None else Nvml()
         self._last_host = self._host()
-        self._charged: list[int] = []
         self._found: list[MemoryUse] = []
         self.levels(host=False)
 
@@ -132,31 +121,13 @@ class Probe:
         if host:
             self._last_host = self._host()
         total, available, share = self._last_host
-        self._charged = [g.charged() for g in self._groups]
         self._found = [MemoryUse(g.used(share), g.limit, g.name) for g in self._groups]
         return [*self._found, MemoryUse(total - available, total, "host")]
 
-    def glance(self) -> MemoryUse | None:
-        """The group that is closest to its limit, by how much the kernel has charged since the last :meth:`levels`;
-        None where that says nothing: no group, or one so full of page cache that the kernel makes room by dropping it.
-
-        What is charged contains page cache, so files that are read or dropped count here as well: for a short while.
-        """
-        worst = None
-        for group, charged, found in zip(self._groups, self._charged, self._found, strict=True):
-            now = group.charged()
-            if now < 0 or now > BRIM * group.limit:
-                return None
-            use = MemoryUse(found.used + now - charged, group.limit, group.name)
-            worst = use if worst is None or use.fraction > worst.fraction else worst
-        return worst
-
-    def counter(self) -> Counter | None:
-        """What :meth:`glance` reads, for a loop of one's own; None where there is no single group to read it of."""
-        if len(self._groups) != 1 or self._charged[0] < 0:
-            return None
-        group, found = self._groups[0], self._found[0]
-        return Counter(group.charged_fd, found.used - self._charged[0], group.limit)
+    def gauges(self) -> list[Gauge | None]:
+        """Of each of the last :meth:`levels`, how to read it again for less; None for a host that has no such text."""
+        host = self._host.gauge(self._last_host.total) if isinstance(self._host, _Meminfo) else None
+        return [*(g.gauge(found.used) for g, found in zip(self._groups, self._found, strict=True)), host]
 
     @property
     def limited(self) -> bool:
@@ -208,7 +179,7 @@ class Probe:
         """Close the files that are kept open."""
         for group in self._groups:
             group.close()
-        self._groups, self._charged, self._found = [], [], []
+        self._groups, self._found = [], []
 
     def _pressure(self) -> tuple[float, float] | None:
         own = next((path for g in self._groups if (path := g.pressure())), None)
@@ -230,7 +201,21 @@ def host_source(root: Path = Path("/")) -> Callable[[], Host]:
         fd = os.open(root / "proc/meminfo", os.O_RDONLY)
     except OSError:
         return _psutil_host
-    return lambda: parse_meminfo(os.pread(fd, 8192, 0))
+    return _Meminfo(fd)
+
+
+class _Meminfo:
+    """``/proc/meminfo``, kept open."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __call__(self) -> Host:
+        return parse_meminfo(os.pread(self._fd, 8192, 0))
+
+    def gauge(self, total: int) -> Gauge:
+        """For glances at what is used of ``total`` bytes."""
+        return Gauge(self._fd, total, ((b"MemAvailable:", -1024),))
 
 
 def parse_meminfo(text: bytes) -> Host:

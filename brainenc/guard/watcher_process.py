@@ -19,12 +19,11 @@ from functools import partial
 from typing import Any
 
 from brainenc.guard.brake import Brake
-from brainenc.guard.glances import glances
+from brainenc.guard.glances import Text, glances
 from brainenc.guard.messages import Level
 from brainenc.guard.nvml import Nvml
 from brainenc.guard.policy import (
     RANK,
-    TENSE_S,
     Decision,
     Meter,
     Policy,
@@ -33,17 +32,16 @@ from brainenc.guard.policy import (
     Timing,
     sampling_interval,
 )
-from brainenc.guard.probe import BRIM, Counter, Probe
+from brainenc.guard.probe import MemoryUse, Probe
 from brainenc.guard.updating import UpdatingFlag
 
-Glances = Callable[[int, float, int, int], list[tuple[float, int]]]
+Glances = Callable[[float, float, tuple[Text, ...]], list[tuple[float, int]]]
 READING_EVERY_S = 1.0
-_HOST_AT_LEAST_EVERY_S = 0.5
+_HOST_AT_LEAST_EVERY_S = 1.0
 _HOST_CALM = 0.6
 _GPU_EVERY_S = 0.1
-_PARENT_EVERY_S = 0.1
-_READ_EVERY_S = 0.1
-_JUDGED_EVERY_S = 0.5
+_EARLY_S = 0.05
+_JUDGED_EVERY_S = 1.0
 _STILL = 1 / 1000
 """Of the limit: memory that has not moved by more since it was judged, nor passed a threshold, is judged again only
 after a while. At a look every 10 ms, judging costs more than looking. What grows so slowly lasts for a minute."""
@@ -77,7 +75,9 @@ class Lookout:
         self._wake_at = float("inf")
         self._judged = Meter("ram", -1, 0)
         self._still = (0, -1)
-        self._judge_at = self._read_at = float("-inf")
+        self._judge_at = float("-inf")
+        self._levels: list[MemoryUse] = []
+        self._worst = MemoryUse(0, -1, "")
 
     def hear(self, message: dict[str, Any], now: float) -> None:
         """Take one message of the worker: ``timing``, ``slack``, ``uuids``, ``inject`` (a drill), ``wake_after``."""
@@ -100,12 +100,10 @@ class Lookout:
 
     def look(self, now: float) -> float:
         """Look once, tell the worker what it must know, and say how long to sleep."""
-        ram = self._glance() if now < min(self._read_at, self._judge_at) else None
-        if ram is None or not self._is_still(ram):
-            ram = self._ram(now)
+        ram = self._ram(now)
         if now < self._judge_at and self._is_still(ram):
             self._policy.note("ram", [(now, ram.used)])
-            return max(0.0, min(sampling_interval(ram.used, ram.limit), self._judge_at - now, self._read_at - now))
+            return max(0.0, min(sampling_interval(ram.used, ram.limit), self._judge_at - now))
         decision = self._policy.look(now, self._pretend(now, [ram, *self._gpu_meters(now)]), self.timing)
         if decision.meter in self._injected:  # a drill jumps, which is no growth: it goes by the boundary, as drills do
             decision = replace(decision, urgent=False, rate=0.0, seconds_left=float("inf"))
@@ -116,7 +114,7 @@ class Lookout:
             self._wake_at = float("inf")
             self._send({"kind": "overdue", "at": now})
             self._wake()
-        if now >= self._reading_at + READING_EVERY_S:
+        if now >= self._reading_at + READING_EVERY_S - _EARLY_S:  # together with a judgement, not soon after it
             self._reading_at = now
             self._probe.refresh()
             reading = self._probe.read(self.slack, limits_only=True)
@@ -128,40 +126,39 @@ class Lookout:
         self._judged, self._still, self._judge_at = ram, self._stays(ram), self._due(now)
         return max(0.0, min(interval, self._judge_at - now))
 
-    def doze(self, glances: Glances, clock: Callable[[], float] = time.monotonic) -> bool:
-        """Glance again and again while nothing moves, with a full look ten times a second. As little as can be done
-        every 10 ms: this is what the watcher costs a training that works near its limit.
+    def doze(self, nap_s: float, glances: Glances) -> bool:
+        """Glance every ``nap_s`` seconds until something moves or the next judgement is due. As little as can be done:
+        this is what the watcher costs a training that works near its limit.
 
         Args:
-            glances: of ``brainenc.guard.glances``, with an inbox and a nap.
-            clock: that of the looks.
+            nap_s: what :meth:`look` said.
+            glances: of ``brainenc.guard.glances``, with an inbox.
 
         Returns:
-            whether it has waited at all; not where there is nothing that can be glanced at.
+            whether it has waited at all; not where every look is judged, nor where there is nothing to glance at.
         """
-        waited = False
-        while (counter := self._counter()) is not None:
-            fd, offset, limit = counter
-            low, high = self._still[0] - offset, min(self._still[1] - offset, int(BRIM * limit))
-            until = min(self._read_at, self._judge_at)
-            seen = glances(fd, until, low, high)
-            self._policy.note("ram", [(at, charged + offset) for at, charged in seen])
-            waited, now = True, clock()
-            if now < until or now >= self._judge_at:
-                break
-            ram = self._ram(now)
-            if not self._is_still(ram):
-                break
-            self._policy.note("ram", [(now, ram.used)])
-        return waited
+        texts = self._texts() if self._judge_at > float("-inf") else ()
+        if texts:
+            self._policy.note("ram", glances(nap_s, self._judge_at, texts))
+        return bool(texts)
 
-    def _counter(self) -> Counter | None:
-        counter = self._probe.counter() if self._host_fraction <= _HOST_CALM else None
-        return counter if counter is not None and counter.limit == self._judged.limit else None
-
-    def _glance(self) -> Meter | None:
-        glance = self._probe.glance() if self._host_fraction <= _HOST_CALM else None
-        return Meter("ram", glance.used, glance.limit) if glance is not None else None
+    def _texts(self) -> tuple[Text, ...]:
+        """What to glance at, and within which bounds: the level that was judged, and those that could pass it."""
+        low, high = self._still
+        texts: list[Text] = []
+        for level, gauge in zip(self._levels, self._probe.gauges(), strict=True):
+            first = level == self._worst
+            if level.source == "host" and not first:
+                continue  # it is read again before it can get to its limit
+            if gauge is None:
+                return ()
+            if first:
+                texts.insert(0, Text(gauge.fd, low, high, gauge.offset, gauge.fields))
+            else:
+                same = self._policy.same_level(Meter("ram", level.used, level.limit))[1]
+                passing = max(int(low / self._judged.limit * level.limit), level.used + int(_STILL * level.limit))
+                texts.append(Text(gauge.fd, 0, min(same, passing), gauge.offset, gauge.fields))
+        return tuple(texts)
 
     def _is_still(self, ram: Meter) -> bool:
         return ram.limit == self._judged.limit and self._still[0] <= ram.used <= self._still[1]
@@ -170,7 +167,9 @@ class Lookout:
         """When to judge at the latest, whatever memory does."""
         gpu_at = self._gpu_at + _GPU_EVERY_S if self._probe.watches_gpus else float("inf")
         drill_ends = min((end for _, end in self._injected.values()), default=float("inf"))
-        return min(now + _JUDGED_EVERY_S, gpu_at, self._reading_at + READING_EVERY_S, self._wake_at, drill_ends)
+        host_at = self._host_at if self._probe.limited else float("inf")
+        reading_at = self._reading_at + READING_EVERY_S
+        return min(now + _JUDGED_EVERY_S, gpu_at, host_at, reading_at, self._wake_at, drill_ends)
 
     def _stays(self, ram: Meter) -> tuple[int, int]:
         """Bytes used at which a judgement may be put off."""
@@ -179,15 +178,18 @@ class Lookout:
 
     def _ram(self, now: float) -> Meter:
         """The host is read less often while a group's limit is what binds."""
-        host = not self._probe.limited or self._host_fraction > _HOST_CALM or now >= self._host_at
-        levels, self._read_at = self._probe.levels(host=host), now + _READ_EVERY_S
+        host = self._reads_host() or now >= self._host_at
+        self._levels = self._probe.levels(host=host)
         if host:
-            used, limit, _ = levels[-1]
-            self._host_fraction = levels[-1].fraction
+            used, limit, _ = self._levels[-1]
+            self._host_fraction = self._levels[-1].fraction
             edge = (self._policy.same_level(Meter("ram", used, limit))[1] + 1) / limit
             self._host_at = now + sampling_interval(used, limit, calm_s=_HOST_AT_LEAST_EVERY_S, from_=edge)
-        worst = max(levels, key=lambda level: level.fraction)
-        return Meter("ram", worst.used, worst.limit)
+        self._worst = max(self._levels, key=lambda level: level.fraction)
+        return Meter("ram", self._worst.used, self._worst.limit)
+
+    def _reads_host(self) -> bool:
+        return not self._probe.limited or self._host_fraction > _HOST_CALM
 
     def _gpu_meters(self, now: float) -> list[Meter]:
         if now >= self._gpu_at + _GPU_EVERY_S:
@@ -241,6 +243,11 @@ class Outbox:
         del self._waiting[: -self._limit]
         self.flush()
 
+    @property
+    def empty(self) -> bool:
+        """Nothing waits for the worker to read."""
+        return not (self._rest or self._waiting)
+
     def flush(self) -> None:
         """Write what fits; a line that was begun is finished before the next."""
         while self._rest or self._waiting:
@@ -272,23 +279,19 @@ def main(settings: dict[str, Any]) -> None:
     lookout.hear({"timing": settings["timing"]} if "timing" in settings else {}, 0.0)
     outbox.send({"kind": "started", "at": time.monotonic(), "pid": os.getpid()})
     inbox = _inbox(0)
-    pause = parent_at = 0.0
-    doze = partial(lookout.doze, partial(glances, 0, TENSE_S))
+    pause = 0.0
+    glance = partial(glances, 0)
     while True:
         messages = inbox(pause)
-        if messages is None:
+        if messages is None or _orphaned(parent):
             return
         now = time.monotonic()
-        if now >= parent_at:
-            if _orphaned(parent):
-                return
-            parent_at = now + _PARENT_EVERY_S
         for message in messages:
             lookout.hear(message, now)
         outbox.flush()
         try:
             pause = lookout.look(now)
-            if pause == TENSE_S and os.name != "nt" and doze():
+            if outbox.empty and os.name != "nt" and lookout.doze(pause, glance):
                 pause = 0.0
         except BrokenPipeError:  # the worker closed its end between two looks
             return

@@ -6,7 +6,7 @@ import pytest
 
 from brainenc.cli.main import run
 from brainenc.extract.guard_record import guard_folder
-from brainenc.guard.glances import COMPILED
+from brainenc.guard.glances import WHY_NOT_COMPILED
 from brainenc.guard.messages import CheckpointAck, WorkerReport
 from brainenc.guard.office import Office
 from brainenc.records import JsonLines
@@ -132,4 +132,4 @@ def test_doctor_for_people(capsys):
     assert run(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert "Memory (what counts is the fullest):" in printed
-    assert f"glances in {'C' if COMPILED else 'Python'}" in printed
+    assert f"the watcher's loop is in {'Python' if WHY_NOT_COMPILED else 'C'}" in printed

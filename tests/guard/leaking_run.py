@@ -7,6 +7,7 @@ as the machine can.
 """
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -56,7 +57,8 @@ def main() -> None:
     small = _make(folder / "data", n_train=45, n_test=5)
     trigger = str(folder / "trigger")
     environment = {"worker_process_setup_hook": lambda: leak_when_told(trigger, rate)}
-    scratch = tempfile.mkdtemp(prefix="leak", dir="/tmp")  # short: the paths of Ray's sockets end at 107 characters
+    # A short path: those of Ray's sockets end at 107 characters.
+    scratch = tempfile.mkdtemp(prefix=f"leak{os.getpid()}-", dir="/tmp")
     ray.init(
         num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False,
         logging_level="ERROR", runtime_env=environment, _temp_dir=scratch,

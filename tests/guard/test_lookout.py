@@ -1,13 +1,14 @@
 """Looks every 10 ms, of which not all are judged: nothing is seen later for it. Time and memory are the test's."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
-from brainenc.guard.glances import in_python
+from brainenc.guard.glances import in_python, total
 from brainenc.guard.nvml import GpuUse, Nvml
 from brainenc.guard.policy import Policy, PolicyConfig, Thresholds, Timing
-from brainenc.guard.probe import MemoryUse, Probe, Reading
+from brainenc.guard.probe import Host, MemoryUse, Probe, Reading
 from brainenc.guard.testing import FakeTree
 from brainenc.guard.watcher_process import Lookout
 
@@ -21,14 +22,14 @@ class Machine:
 
     limited = watches_gpus = True
 
-    def __init__(self, ram, gpu=lambda now: 0.1, *, glances=False):
-        self.now, self._ram, self._gpu, self._glances = 0.0, ram, gpu, glances
-
-    def glance(self):
-        return self.levels()[0] if self._glances else None
+    def __init__(self, ram, gpu=lambda now: 0.1):
+        self.now, self._ram, self._gpu = 0.0, ram, gpu
 
     def levels(self, *, host=True):
         return [MemoryUse(int(self._ram(self.now) * LIMIT), LIMIT, "test")]
+
+    def gauges(self):
+        return [None]
 
     def gpus(self, slack=None):
         return [GpuUse("GPU-1", "a GPU", int(self._gpu(self.now) * LIMIT), LIMIT)]
@@ -54,22 +55,20 @@ def alarm(machine, *, late=0.0, save_s=1.0, until=30.0, **config):
 
 @pytest.mark.parametrize("late", [0.0, 0.035, 0.055], ids=["in time", "throttled", "more so"])
 @pytest.mark.parametrize("window_s", [0.25, 0.15])
-@pytest.mark.parametrize("glances", [True, False])
-def test_a_slow_leak_is_predicted_when_saving_takes_long(late, window_s, glances):
+def test_a_slow_leak_is_predicted_when_saving_takes_long(late, window_s):
     """0.8 % a second from 72 %: full in 35 s, of which a checkpoint of 20 s and its margin leave a few."""
-    leaks = Machine(lambda now: 0.72 + 0.008 * now, glances=glances)
+    leaks = Machine(lambda now: 0.72 + 0.008 * now)
 
     assert alarm(leaks, late=late, save_s=20.0, window_s=window_s) < 10
 
 
 @pytest.mark.parametrize("per_second", [0.001, 0.009, 0.05, 0.3])
 @pytest.mark.parametrize("start", [0.80, 0.8733])
-@pytest.mark.parametrize("glances", [True, False])
-def test_a_threshold_is_seen_within_150_ms_at_any_speed(per_second, start, glances):
+def test_a_threshold_is_seen_within_150_ms_at_any_speed(per_second, start):
     crossed = (0.88 - start) / per_second
     if crossed > 25:
         crossed, start = 5.0, 0.88 - 5.0 * per_second
-    memory = Machine(lambda now: start + per_second * now, glances=glances)
+    memory = Machine(lambda now: start + per_second * now)
 
     assert alarm(memory, save_s=0.0, predict_from=1.0) - crossed <= 0.15
 
@@ -85,99 +84,100 @@ def test_a_gpu_is_seen_within_150_ms_whatever_main_memory_does(phase):
     assert alarm(machine) - crossed <= 0.15
 
 
-def test_a_leak_that_dropped_page_cache_hides_is_seen_within_150_ms():
-    """What the kernel has charged stays the same; only the full text of the group tells."""
-    leak = Machine(lambda now: 0.75 + 0.3 * max(0.0, now - 3.0), glances=True)
-    leak.glance = lambda: MemoryUse(int(0.75 * LIMIT), LIMIT, "test")
+class Grouped:
+    """A machine with groups and a host whose texts the test writes, and a clock that each wait moves on. Watched as the
+    process does it, with glances."""
 
-    assert alarm(leak, save_s=0.0, predict_from=1.0) - (3.0 + 0.13 / 0.3) <= 0.15
-
-
-def test_glances_are_not_deceived_by_page_cache_that_is_dropped(tmp_path):
-    """As above, in the loop that only reads the one number: what is charged stays the same, what is used grows."""
-    machine = Charged(tmp_path, used=int(0.75 * LIMIT), charged=int(0.80 * LIMIT), predict_from=1.0)
-    crossed = 3.0 + 0.13 / 0.3
-
-    found = machine.alarm(lambda now: 0.75 + 0.3 * max(0.0, now - 3.0), charged=lambda now: 0.80)
-
-    assert -1e-9 < found - crossed <= 0.15
-
-
-class Charged:
-    """A machine with one group whose charge the test writes down, and a clock that each wait moves on."""
-
-    def __init__(self, folder, used, charged, **config):
+    def __init__(self, folder, used, *, gpu=None, pod="max", **config):
         self.tree = FakeTree(folder)
-        self.tree.v2("/job", {"/job": str(LIMIT)}, {"anon": used})
-        self.write(charged)
-        self.now, self.woken, self.heard, self.script = 0.0, 0, [], {}
-        self.lookout = Lookout(
-            Probe(root=folder, nvml=Nvml(uuids=[])),
-            Policy(PolicyConfig(**config)),
-            self.heard.append,
-            self.wake,
-        )
+        self.tree.v2("/pod/job", {"/pod": str(pod), "/pod/job": str(LIMIT)}, {"anon": int(used * LIMIT)})
+        self.now, self.woken, self.heard, self.dozes = 0.0, 0, [], 0
+        look = lambda slack=None: [] if gpu is None else gpu(self.now)  # noqa: E731
+        probe = Probe(root=folder, nvml=SimpleNamespace(watches=gpu is not None, look=look))
+        self.lookout = Lookout(probe, Policy(PolicyConfig(**config)), self.heard.append, self.wake)
 
     def wake(self):
         self.woken += self.heard[-1].get("level") == "critical"
 
-    def write(self, charged):
-        self.tree.file("sys/fs/cgroup/job/memory.current", f"{charged}\n")
+    def write(self, anon, group="/pod/job", **more):
+        lines = [f"{name} {value}\n" for name, value in {"anon": int(anon * LIMIT), **more}.items()]
+        self.tree.file(f"sys/fs/cgroup{group}/memory.stat", "".join(lines))
 
-    def doze(self, sleep=None):
-        glances = partial(in_python, -1, STEP, sleep=sleep or self.sleep, clock=lambda: self.now)
-        return self.lookout.doze(glances, lambda: self.now)
+    def doze(self, pause=STEP, sleep=None):
+        before = self.now
+        glances = partial(in_python, -1, sleep=sleep or self.sleep, clock=lambda: self.now)
+        dozed = self.lookout.doze(pause, glances)
+        self.dozes += self.now > before + 0.2
+        return dozed
 
     def sleep(self, seconds):
         self.now += seconds
-        assert self.now < 1, "it dozes for ever"
-        self.script.get(round(self.now / STEP), lambda: None)()
 
-    def alarm(self, ram=None, host=None, *, charged=None, wakings=1, until=30.0):
-        """Watch as the process does; when the worker is woken by critical memory for the ``wakings``-th time."""
+    def watch(self, change=lambda now: None, *, until=30.0, ended=lambda: False):
+        """Until then, or until it has ended."""
 
-        def sleep(seconds=STEP):
+        def sleep(seconds):
             self.now += seconds
-            if ram is not None:
-                self.tree.file("sys/fs/cgroup/job/memory.stat", f"anon {int(ram(self.now) * LIMIT)}\n")
-                self.write(int((charged or ram)(self.now) * LIMIT))
-            if host is not None:
-                total, used = host(self.now)
-                free = max(0, int(total - used)) >> 10
-                self.tree.file("proc/meminfo", f"MemTotal: {int(total) >> 10} kB\nMemAvailable: {free} kB\n")
+            change(self.now)
 
         sleep(0.0)
-        while self.now < until and self.woken < wakings:
+        while self.now < until and not ended():
             pause = self.lookout.look(self.now)
-            if self.woken < wakings and not (pause == STEP and self.doze(sleep)):
+            if not ended() and not self.doze(pause, sleep):
                 sleep(pause)
         return self.now
 
+    def alarm(self, ram=None, host=None, *, cache=lambda now: 0, wakings=1, until=30.0):
+        """When the worker is woken by critical memory for the ``wakings``-th time."""
+
+        def change(now):
+            if ram is not None:
+                self.write(ram(now), file=int(cache(now) * LIMIT))
+            if host is not None:
+                total, used = host(now)
+                free = max(0, int(total - used)) >> 10
+                self.tree.file("proc/meminfo", f"MemTotal: {int(total) >> 10} kB\nMemAvailable: {free} kB\n")
+
+        return self.watch(change, until=until, ended=lambda: self.woken >= wakings)
+
 
 @pytest.mark.parametrize(
-    ("event", "ends_after"),
-    [(lambda m: None, 50), (lambda m: m.write(int(0.82 * LIMIT)), 5), (lambda m: m.write(int(0.78 * LIMIT)), 5)],
-    ids=["nothing moves", "memory grows", "memory shrinks"],
+    ("moves_to", "ends_at"), [(0.75, 1.0), (0.77, 0.05), (0.73, 0.05)], ids=["nothing moves", "grows", "shrinks"]
 )
-def test_glances_end_when_memory_moves_or_after_half_a_second(tmp_path, event, ends_after):
-    machine = Charged(tmp_path, used=int(0.75 * LIMIT), charged=int(0.80 * LIMIT))
+def test_glances_end_when_memory_moves_or_after_a_second(tmp_path, moves_to, ends_at):
+    machine = Grouped(tmp_path, used=0.75)
     assert machine.lookout.look(0.0) == STEP
-    machine.script[5] = lambda: event(machine)
 
-    assert machine.doze()
+    def sleep(seconds):
+        machine.now += seconds
+        machine.write(moves_to if machine.now > 0.045 else 0.75)
 
-    assert round(machine.now / STEP) in (ends_after, ends_after + 1)  # half a second is fifty hundredths, or not quite
+    assert machine.doze(STEP, sleep)
+
+    assert machine.now == pytest.approx(ends_at)
 
 
-@pytest.mark.parametrize("used", [0.75, 0.8495])
-def test_glances_end_at_a_threshold_however_little_was_missing(tmp_path, used):
-    machine = Charged(tmp_path, used=int(used * LIMIT), charged=int(used * LIMIT))
+@pytest.mark.parametrize(("used", "ends_at"), [(0.75, 1.0), (0.8495, 0.05)])
+def test_glances_end_at_a_threshold_however_little_was_missing(tmp_path, used, ends_at):
+    machine = Grouped(tmp_path, used=used)
     machine.lookout.look(0.0)
-    machine.script[5] = lambda: machine.write(int((used + 0.0006) * LIMIT))
 
-    machine.doze()
+    def sleep(seconds):
+        machine.now += seconds
+        machine.write(used + 0.0006 if machine.now > 0.045 else used)
 
-    assert round(machine.now / STEP) in ((5,) if used > 0.8 else (50, 51))
+    machine.doze(STEP, sleep)
+
+    assert machine.now == pytest.approx(ends_at)
+
+
+def test_page_cache_that_comes_and_goes_ends_no_glances(tmp_path):
+    """A store that is read through maps fills and drops it all the time."""
+    machine = Grouped(tmp_path, used=0.75)
+
+    machine.watch(lambda now: machine.write(0.75, file=int((now % 0.3) * LIMIT)), until=5.0)
+
+    assert machine.dozes >= 4  # of a second each
 
 
 @pytest.mark.parametrize("total", [8e9, 64e9])
@@ -185,7 +185,7 @@ def test_glances_end_at_a_threshold_however_little_was_missing(tmp_path, used):
 @pytest.mark.parametrize("phase", [0.0, 0.13, 0.39])
 def test_a_host_that_fills_as_fast_as_memory_can_is_seen_within_150_ms(tmp_path, total, before, phase):
     """While the group's own memory is as it was, and only glanced at. 14 GB/s; an emptier host is read less often."""
-    machine = Charged(tmp_path, used=int(0.75 * LIMIT), charged=int(0.80 * LIMIT), predict_from=1.0)
+    machine = Grouped(tmp_path, used=0.75, predict_from=1.0)
     crossed = 3 + phase + (0.88 - before) * total / 14e9
 
     found = machine.alarm(host=lambda now: (total, before * total + 14e9 * max(0.0, now - 3 - phase)))
@@ -195,7 +195,7 @@ def test_a_host_that_fills_as_fast_as_memory_can_is_seen_within_150_ms(tmp_path,
 
 @pytest.mark.parametrize("phase", [0.0, 0.13, 0.26, 0.39])
 def test_a_host_with_low_thresholds_is_read_in_time(tmp_path, phase):
-    machine = Charged(tmp_path, used=int(0.2 * LIMIT), charged=int(0.2 * LIMIT), thresholds=LOW)
+    machine = Grouped(tmp_path, used=0.2, thresholds=LOW)
 
     found = machine.alarm(host=lambda now: (64e9, (0.44 + 0.02 * (now - phase)) * 64e9))
 
@@ -206,7 +206,7 @@ def test_a_host_with_low_thresholds_is_read_in_time(tmp_path, phase):
 @pytest.mark.parametrize("phase", [0.0, 0.024, 0.055, 0.086])
 def test_a_threshold_is_seen_within_150_ms_between_glances(tmp_path, per_second, phase):
     start = 0.88 - min(0.1, 3 * per_second)
-    machine = Charged(tmp_path, used=int(start * LIMIT), charged=int(start * LIMIT), predict_from=1.0)
+    machine = Grouped(tmp_path, used=start, predict_from=1.0)
 
     found = machine.alarm(lambda now: min(1.0, start + per_second * max(0.0, now - 1 - phase)))
 
@@ -216,7 +216,7 @@ def test_a_threshold_is_seen_within_150_ms_between_glances(tmp_path, per_second,
 @pytest.mark.parametrize("phase", [0.0, 0.02, 0.04, 0.06])
 def test_memory_that_falls_and_rises_again_is_a_new_alarm(tmp_path, phase):
     """It was critical for an instant; that its level lasts for a while must not hide the second time."""
-    machine = Charged(tmp_path, used=int(0.75 * LIMIT), charged=int(0.75 * LIMIT))
+    machine = Grouped(tmp_path, used=0.75)
     high = [(3 + phase, 3.04 + phase), (3.22 + phase, 9.0)]
 
     machine.alarm(lambda now: 0.90 if any(a <= now < b for a, b in high) else 0.75, wakings=2)
@@ -253,39 +253,105 @@ def test_new_devices_are_asked_at_once():
     assert seen == [0.0, "GPU-2", 0.02]
 
 
-def test_a_drill_ends_on_time():
-    machine, heard = Machine(lambda now: 0.75), []
-    lookout = Lookout(machine, Policy(PolicyConfig(dwell_s=0.0)), heard.append, lambda: None)
-    lookout.look(0.0)
-    lookout.hear({"inject": {"meter": "ram", "fraction": 0.86, "seconds": 1.03}}, 0.0)
-    while machine.now < 2:
-        machine.now += lookout.look(machine.now)
+@pytest.mark.parametrize("used", [0.2, 0.75], ids=["calm", "near the limit"])
+def test_a_drill_ends_on_time(tmp_path, used):
+    machine = Grouped(tmp_path, used=used, dwell_s=0.0)
+    machine.lookout.look(0.0)
+    machine.lookout.hear({"inject": {"meter": "ram", "fraction": 0.86, "seconds": 1.03}}, 0.0)
 
-    warned, calm = [message["at"] for message in heard if message["kind"] == "decision" and "drill" in message][-2:]
-    assert warned < 1.03 <= calm <= 1.06
+    machine.watch(until=2.0)
 
-
-def test_without_a_group_nobody_dozes(tmp_path):
-    FakeTree(tmp_path)
-    lookout = Lookout(Probe(root=tmp_path, nvml=Nvml(uuids=[])), Policy(PolicyConfig()), lambda m: None, lambda: None)
-    lookout.look(0.0)
-
-    assert not lookout.doze(lambda *_: pytest.fail("it has waited"))
+    said = [m["at"] for m in machine.heard if m["kind"] == "decision" and "drill" in m]
+    assert said[-2] < 1.03 <= said[-1] <= 1.06
 
 
-def test_a_leak_that_is_only_glanced_at_is_predicted_all_the_same(tmp_path):
-    """0.1 % a second, which a hundredth of a second does not show; in a window that two full looks do not fill."""
-    machine = Charged(tmp_path, used=int(0.75 * LIMIT), charged=int(0.80 * LIMIT), window_s=0.15)
+@pytest.mark.parametrize("used", [0.2, 0.75], ids=["calm", "near the limit"])
+def test_a_worker_that_asked_to_be_woken_is_woken_on_time(tmp_path, used):
+    machine = Grouped(tmp_path, used=used)
+    machine.watch(until=1.0)
+    machine.lookout.hear({"wake_after": 0.234}, machine.now)
+    asked = machine.now
+
+    machine.watch(until=2.0)
+
+    assert [m["at"] - asked for m in machine.heard if m["kind"] == "overdue"] == [pytest.approx(0.234, abs=0.02)]
+
+
+@pytest.mark.parametrize("used", [0.2, 0.75], ids=["calm", "near the limit"])
+@pytest.mark.parametrize("phase", [0.0, 0.04, 0.08])
+def test_a_gpu_is_seen_within_150_ms_between_glances(tmp_path, used, phase):
+    machine = Grouped(
+        tmp_path, used=used,
+        gpu=lambda now: [GpuUse("GPU-1", "a GPU", int((0.95 if now >= 3 + phase else 0.1) * LIMIT), LIMIT)],
+    )  # fmt: skip
+
+    assert -1e-9 < machine.alarm() - 3 - phase <= 0.15
+
+
+def test_the_worker_hears_every_second_what_memory_is(tmp_path):
+    machine = Grouped(tmp_path, used=0.75)
+
+    machine.watch(until=10.0)
+
+    assert 9 <= len([m for m in machine.heard if m["kind"] == "reading"]) <= 11
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.033, 0.066])
+def test_a_group_above_that_fills_while_this_one_rests_is_seen_within_150_ms(tmp_path, phase):
+    """Slurm's jobs and Kubernetes' pods: what binds may be the group above."""
+    machine = Grouped(tmp_path, used=0.75, pod=4 * LIMIT, predict_from=1.0)
+
+    def change(now):
+        machine.write(4 * (0.60 + 0.2 * max(0.0, now - 2 - phase)), group="/pod")
+
+    found = machine.watch(change, ended=lambda: machine.woken)
+
+    assert -1e-9 < found - (2 + phase + 0.28 / 0.2) <= 0.15
+
+
+def test_a_leak_in_the_group_above_is_predicted(tmp_path):
+    machine = Grouped(tmp_path, used=0.2, pod=4 * LIMIT, window_s=0.15)
     machine.lookout.timing = Timing(save_s=200.0, step_s=0.5)
 
-    def leak(seconds):
-        grown = int(0.001 * machine.now * LIMIT)
-        machine.tree.file("sys/fs/cgroup/job/memory.stat", f"anon {int(0.75 * LIMIT) + grown}\n")
-        machine.write(int(0.80 * LIMIT) + grown)
-        machine.now += seconds
+    found = machine.watch(
+        lambda now: machine.write(4 * (0.75 + 0.001 * now), group="/pod"), until=10.0, ended=lambda: machine.woken
+    )
 
-    while machine.now < 10 and not any(message.get("level") == "critical" for message in machine.heard):
-        machine.lookout.look(machine.now)
-        machine.doze(leak)
+    assert found < 1.1
 
-    assert machine.now < 0.6  # it is judged twice a second
+
+def test_without_a_group_the_host_is_glanced_at(tmp_path):
+    FakeTree(tmp_path).file("proc/meminfo", "MemTotal: 64000000 kB\nMemAvailable: 16000000 kB\n")
+    lookout = Lookout(Probe(root=tmp_path, nvml=Nvml(uuids=[])), Policy(PolicyConfig()), lambda m: None, lambda: None)
+    assert lookout.look(0.0) == STEP
+
+    (text,) = _asked(lookout)
+    assert text.offset + total(b"MemTotal: 1 kB\nMemAvailable: 10 kB\n", text.fields) == (64_000_000 - 10) * 1024
+
+
+def _asked(lookout):
+    asked = []
+    lookout.doze(STEP, lambda nap_s, until, texts: asked.extend(texts) or [])
+    return asked
+
+
+def test_where_the_host_has_no_text_nobody_dozes(tmp_path):
+    """On Windows and macOS psutil tells."""
+    host = Host(64 << 30, 16 << 30)
+    probe = Probe(root=tmp_path, nvml=Nvml(uuids=[]), host=lambda: host)
+    lookout = Lookout(probe, Policy(PolicyConfig()), lambda m: None, lambda: None)
+    lookout.look(0.0)
+
+    assert not lookout.doze(STEP, lambda *_: pytest.fail("it has waited"))
+
+
+@pytest.mark.parametrize("cached", [0.0, 0.001, -0.001, 0.05], ids=["none", "as fast", "shrinks", "faster"])
+def test_a_leak_that_is_only_glanced_at_is_predicted_all_the_same(tmp_path, cached):
+    """0.1 % a second, which a hundredth of a second does not show; in a window that two judgements do not fill. Files
+    that are read or dropped meanwhile change nothing."""
+    machine = Grouped(tmp_path, used=0.75, window_s=0.15)
+    machine.lookout.timing = Timing(save_s=200.0, step_s=0.5)
+
+    found = machine.alarm(lambda now: 0.75 + 0.001 * now, cache=lambda now: max(0.0, 0.2 + cached * now))
+
+    assert found < 1.1  # it is judged every second

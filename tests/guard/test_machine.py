@@ -16,7 +16,7 @@ GOOD_READING = Reading(
 GOOD = Machine(
     system="Linux", python="3.11", cores=8, colab=False, versions={"ray": "2.60"}, reading=GOOD_READING,
     host_memory=64 * GB, folders=(Folder(path="/data", file_system="ext4", free=500 * GB, total=1000 * GB),),
-    ray_threshold=0.95, ray_address="", bytecode=True, compiled=True,
+    ray_threshold=0.95, ray_address="", bytecode=True, why_not_compiled="",
 )  # fmt: skip
 
 

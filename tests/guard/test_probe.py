@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from brainenc.guard.glances import total
 from brainenc.guard.nvml import GpuUse, Nvml
 from brainenc.guard.probe import Host, Probe, anonymous_bytes, family, parse_meminfo, read_pressure, space
 from brainenc.guard.testing import FakeTree, MemoryLimit, can_limit_memory, drop_cache
@@ -203,47 +204,51 @@ def test_inside_a_real_group_the_page_cache_does_not_count(tmp_path):
     assert 64 << 20 <= used < 100 << 20
 
 
+def glanced(gauge):
+    return gauge.offset + total(os.pread(gauge.fd, 16384, 0), gauge.fields)
+
+
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_glance_adds_what_was_charged_since_the_last_look(tmp_path, version):
+def test_a_gauge_reads_what_is_used_and_no_page_cache(tmp_path, version):
     tree = FakeTree(tmp_path)
+    tree.file("proc/meminfo", "MemTotal: 64000000 kB\nMemFree: 5 kB\nMemAvailable: 16000000 kB\n")
     if version == 1:
         tree.v1("/job", {"/job": 10 * GB}, {"total_rss": 5 * GB})
-        charged = "sys/fs/cgroup/memory/job/memory.usage_in_bytes"
+        tree.file("sys/fs/cgroup/memory/job/memory.kmem.usage_in_bytes", f"{GB}\n")
     else:
-        tree.v2("/job", {"/job": str(10 * GB)}, {"anon": 5 * GB})
-        charged = "sys/fs/cgroup/job/memory.current"
-    assert Probe(root=tmp_path).glance() is None  # no such file
-    tree.file(charged, f"{8 * GB}\n")
+        tree.v2("/job", {"/job": str(10 * GB)}, {"anon": 5 * GB, "kernel": 2 * GB, "slab_reclaimable": GB})
     probe = Probe(root=tmp_path)
+    job, host = probe.gauges()
+    assert (glanced(job), glanced(host)) == (6 * GB, 48_000_000 * 1024)
 
-    tree.file(charged, f"{9 * GB}\n")
-    assert (probe.glance().used, probe.glance().limit) == (6 * GB, 10 * GB)
-    probe.levels()
-    assert probe.glance().used == 5 * GB  # it was page cache: the look has counted
-    tree.file(charged, f"{int(9.8 * GB)}\n")
-    assert probe.glance() is None  # at the brim the kernel drops page cache for what grows, and the sum stays
+    if version == 1:
+        tree.file("sys/fs/cgroup/memory/job/memory.stat", f"total_cache {9 * GB}\ntotal_rss {6 * GB}\ntotal_shmem 7\n")
+    else:
+        lines = f"anon {6 * GB}\nfile {9 * GB}\nkernel {2 * GB}\nshmem 7\nslab_reclaimable {GB}\nanon_thp {GB}\n"
+        tree.file("sys/fs/cgroup/job/memory.stat", lines)
+    tree.file("proc/meminfo", "MemTotal: 64000000 kB\nMemFree: 5 kB\nMemAvailable: 15000000 kB\n")
 
-
-def test_a_glance_without_a_limit_says_nothing(tmp_path):
-    FakeTree(tmp_path)
-
-    assert Probe(root=tmp_path).glance() is None
+    assert (glanced(job), glanced(host)) == (7 * GB + 7, 49_000_000 * 1024)
 
 
-_GLANCE = """
+_GAUGE = """
+import os
+from brainenc.guard.glances import total
 from brainenc.guard.probe import Probe
 probe = Probe()
-before, kept = probe.glance().used, b"1" * (50 << 20)
-print(probe.glance().used - before, probe.levels()[0].used - probe.glance().used)
+gauge = probe.gauges()[0]
+read = lambda: gauge.offset + total(os.pread(gauge.fd, 16384, 0), gauge.fields)
+before, kept = read(), b"1" * (50 << 20)
+print(read() - before, probe.levels()[0].used - read())
 """
 
 
 @needs_groups
 @pytest.mark.root
-def test_inside_a_real_group_a_glance_sees_what_is_allocated():
+def test_inside_a_real_group_a_gauge_sees_what_is_allocated():
     with MemoryLimit(256 << 20) as limit:
         done = subprocess.run(
-            [sys.executable, "-c", _GLANCE], preexec_fn=limit.enter, capture_output=True, text=True, check=True,
+            [sys.executable, "-c", _GAUGE], preexec_fn=limit.enter, capture_output=True, text=True, check=True,
             cwd=Path(__file__).parents[2], timeout=60,
         )  # fmt: skip
     grown, off = map(int, done.stdout.split())
