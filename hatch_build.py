@@ -21,6 +21,8 @@ class ExtensionHook(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, unless this is no Linux."""
+        if self.target_name != "wheel":  # sources are sources
+            return
         root, editable = Path(self.root), version == "editable"
         if editable:  # one that can no longer be built must not stay
             (root / TARGET).unlink(missing_ok=True)

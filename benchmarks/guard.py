@@ -27,22 +27,17 @@ believes in pressure (a drill), the coordinator orders a stop, and the time is t
 the last acknowledgement, the rest of the step and the ranks' meeting included. The slowest of three.
 Races run under a real memory limit of 1.5 GB with 82 MB of training state in a plain script; twenty of each, and of a
 leak in one of two Ray workers, are in `make soak`. They need root and a memory control group, and are left out
-elsewhere. Soak under 8 GB, November 2026, two cores: 20 of 20 won at 200 MB/s and at 1.3 GB/s, in the main thread, in
-another thread, and in rank 1 of 2 under Ray; as fast as the machine fills, at least 18 of 20 in a plain script, and 5
-of 5 under Ray. Those under Ray were run before the watcher's last change; after it 11 of 11 at 1.3 GB/s, and none at
-200 MB/s. The machine is shared, and this run found it slow: the plain script's file took 1.8 s in the run before, where
-writing the same bytes took 0.32 s, and the order 1.2 s. Before the brake waited for updates, one leak of 1.3 GB/s in
-another thread in about twenty was lost to it. Twenty deaths of rank 1 of 2 in mid-step (`kill -9`), before that change
-as well: training again after 8.0 to 10.6 s, 3 steps done again at most, all bit-equal. Beside two Ray workers under a
-limit of 8 GB, far from filling it, each watcher took 0.27 % of a core (once, over 20 s, by hand). Above 70 % it cost 3
-%: after each sleep nothing is in a virtual machine's caches, and a call costs ten times what it costs in a loop. What
-helped: no search through all readings of the window (0.4 %), between full looks a loop that sleeps and reads one
-number, what is charged to the group (1 %), not judging what has not moved (0.5 %, and 0.1 % more twice instead of ten
-times a second), reading the host as often as it could fill, and telling the worker the limits alone. It is about three
-quarters of a loop that sleeps and takes full looks, and meets its target or misses it as the machine is: the same loop
-without anything to do went from 0.3 to 0.8 % within an hour. What did not: fewer names and objects in the loop (nothing
-that can be told from noise). A detection is timed from the first look of the allocating process itself, after every 4
-MB, that finds the threshold crossed.
+elsewhere. @SOAK@
+Before the brake waited for updates, one leak of 1.3 GB/s in another thread in about twenty was lost to it. Above 70 %
+the watcher cost 3 % of a core once: after each sleep nothing is in a virtual machine's caches, and a call costs ten
+times what it costs in a loop. What helped: no search through all readings of the window (0.4 %), not judging what has
+not moved (0.6 %), reading the host as often as it could fill, telling the worker the limits alone, and the loop that
+sleeps and reads in C (half of what is left). For a while it read one number between full looks, what is charged to the
+group, which is cheaper still, until page cache fills the group: there it cost as much as ever. It is measured with the
+cache full now. The price follows the machine: a Python loop that does nothing but sleep 10 ms went from 0.3 to 0.85 %
+within a day. What did not help: fewer names and objects in the loop in Python, waiting in `poll`, timer slack,
+scheduling classes, a fixed core. A detection is timed from the first look of the allocating process itself, after every
+4 MB, that finds the threshold crossed.
 """
 ROOT = Path(__file__).parents[1]
 RAY_FOLDER = "leak"

@@ -16,8 +16,9 @@
 #include <time.h>
 #include <unistd.h>
 
-#define CONTRACT 1 /* of glances(): raised together with the one in glances.py when arguments or results change */
+#define CONTRACT 2 /* of glances(): raised together with the one in glances.py when arguments or results change */
 #define LISTEN_EVERY_S 0.1
+#define LONG_NAP_S 0.05
 #define MOST_GLANCES 128 /* of one call; the caller calls again */
 #define MOST_TEXTS 16
 #define MOST_FIELDS 16
@@ -100,10 +101,16 @@ static int sum(const struct text *text, long long *used) {
     return 0;
 }
 
-static PyObject *listed(const double *times, const long long *used, int n) {
+static PyObject *listed(const double *times, long long (*used)[MOST_TEXTS], int n, int n_texts) {
     PyObject *list = PyList_New(n);
     for (int i = 0; list != NULL && i < n; i++) {
-        PyObject *glance = Py_BuildValue("(dL)", times[i], used[i]);
+        PyObject *glance = PyTuple_New(n_texts + 1);
+        int wrong = glance == NULL;
+        for (int j = 0; !wrong && j <= n_texts; j++) {
+            PyObject *value = j == 0 ? PyFloat_FromDouble(times[i]) : PyLong_FromLongLong(used[i][j - 1]);
+            wrong = value == NULL || PyTuple_SetItem(glance, j, value) < 0;
+        }
+        if (wrong) Py_CLEAR(glance);
         if (glance == NULL || PyList_SetItem(list, i, glance) < 0) {
             Py_DECREF(list);
             return NULL;
@@ -115,7 +122,7 @@ static PyObject *listed(const double *times, const long long *used, int n) {
 static PyObject *glances(PyObject *Py_UNUSED(module), PyObject *args) {
     int inbox, n_texts, n = 0, failed = 0, ended = 0;
     double nap_s, until, listened = -LISTEN_EVERY_S, times[MOST_GLANCES];
-    long long used[MOST_GLANCES];
+    long long used[MOST_GLANCES][MOST_TEXTS];
     struct text texts[MOST_TEXTS];
     PyObject *given;
     if (!PyArg_ParseTuple(args, "iddO!", &inbox, &nap_s, &until, &PyTuple_Type, &given)) return NULL;
@@ -129,22 +136,21 @@ static PyObject *glances(PyObject *Py_UNUSED(module), PyObject *args) {
     struct pollfd said = {.fd = inbox, .events = POLLIN}; /* poll passes over a negative one */
     double now = monotonic();
     while (!ended && n < MOST_GLANCES) {
-        if (now >= listened + LISTEN_EVERY_S) { /* to sleep in poll costs a tenth more than to sleep */
-            const int spoken = poll(&said, 1, 0);
+        const double nap = now + nap_s <= until ? nap_s : now < until ? until - now : 0;
+        struct timespec rest = {(time_t)nap, (long)(1e9 * (nap - (double)(time_t)nap))};
+        if (nap >= LONG_NAP_S || now >= listened + LISTEN_EVERY_S) { /* a tenth dearer than to sleep */
+            const int spoken = ppoll(&said, 1, &rest, NULL);
             if (spoken < 0 && errno != EINTR) failed = errno;
             if (spoken > 0 || failed) break;
             listened = now;
+        } else {
+            while (nanosleep(&rest, &rest) < 0 && errno == EINTR) continue;
         }
-        const double nap = now + nap_s <= until ? nap_s : now < until ? until - now : 0;
-        struct timespec rest = {(time_t)nap, (long)(1e9 * (nap - (double)(time_t)nap))};
-        while (nanosleep(&rest, &rest) < 0 && errno == EINTR) continue;
         now = monotonic();
         if (now >= until) break;
         for (int i = 0; i < n_texts && !ended; i++) {
-            long long found;
-            failed = sum(&texts[i], &found);
-            ended = failed || found < texts[i].low || found > texts[i].high;
-            if (i == 0) used[n] = found;
+            failed = sum(&texts[i], &used[n][i]);
+            ended = failed || used[n][i] < texts[i].low || used[n][i] > texts[i].high;
         }
         if (!ended) times[n++] = now;
     }
@@ -154,7 +160,7 @@ static PyObject *glances(PyObject *Py_UNUSED(module), PyObject *args) {
         errno = failed;
         return PyErr_SetFromErrno(PyExc_OSError);
     }
-    return listed(times, used, n);
+    return listed(times, used, n, n_texts);
 }
 
 static PyMethodDef methods[] = {

@@ -1,5 +1,5 @@
-from brainenc.guard.glances import Text
+from brainenc.guard.glances import Glance, Text
 
 CONTRACT: int
 
-def glances(inbox: int, nap_s: float, until: float, texts: tuple[Text, ...], /) -> list[tuple[float, int]]: ...
+def glances(inbox: int, nap_s: float, until: float, texts: tuple[Text, ...], /) -> list[Glance]: ...

@@ -44,6 +44,11 @@ class Brake:
         """The process is held."""
         return self._before is not None
 
+    @property
+    def releases_at(self) -> float:
+        """The earliest time at which it may be released; never while it is off."""
+        return self._since + self._hold_s if self.on else float("inf")
+
     def adjust(self, decision: Decision, ram: Meter, now: float, *, updating: bool = False) -> bool:
         """Hold when there is no time to reach a boundary, release when memory is no longer critical.
 

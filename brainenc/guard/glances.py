@@ -13,9 +13,13 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-CONTRACT = 1
+CONTRACT = 2
 """Of :func:`glances`, as in ``_glances.c``: an extension of another one is not used."""
 _LISTEN_EVERY_S = 0.1
+_LONG_NAP_S = 0.05
+MOST_TEXTS = 16
+Glance = tuple[float, *tuple[int, ...]]
+"""When, and the sum of each text."""
 Fields = tuple[tuple[bytes, int], ...]
 """What each number of a text begins with at the start of its line, and how many times it counts."""
 
@@ -38,42 +42,46 @@ def total(text: bytes, fields: Fields) -> int:
         if start >= 0:
             start += 1 + len(name)
             end = text.find(b"\n", start)
-            found += weight * int(text[start : end if end >= 0 else None].split(None, 1)[0])
+            found += weight * int((text[start : end if end >= 0 else None].split(None, 1) or [b""])[0])
     return found
 
 
 def in_python(
     inbox: int, nap_s: float, until: float, texts: tuple[Text, ...], *,
     sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = time.monotonic,
-) -> list[tuple[float, int]]:  # fmt: skip
+) -> list[Glance]:  # fmt: skip
     """Sleep and read, again and again: until the time is up, or a sum leaves its band, or somebody speaks.
 
     Args:
-        inbox: a pipe, looked at ten times a second; -1 for none.
+        inbox: a pipe; a message ends it within a tenth of a second. -1 for none.
         nap_s: seconds between two glances.
         until: end at this time of ``clock``.
-        texts: at least one.
+        texts: at least one, at most 16.
 
     Returns:
-        when it was read, and the first text's sum with its offset, for each glance at which nothing was new. In C, not
+        when they were read, and each text's sum with its offset, for each glance at which nothing was new. In C, not
         more than 128 of them.
 
     Raises:
         OSError: a file cannot be read, or is empty.
         ValueError: a name is not followed by a number (in C it counts as 0).
     """
-    seen: list[tuple[float, int]] = []
+    seen: list[Glance] = []
     now, listened, read = clock(), float("-inf"), os.pread
     while True:
-        if now >= listened + _LISTEN_EVERY_S:
-            if inbox >= 0 and select.select([inbox], [], [], 0)[0]:
+        nap = min(nap_s, max(0.0, until - now))
+        # Waiting for the pipe is a tenth dearer than sleeping, which counts where there are a hundred naps a second.
+        listens = inbox >= 0 and (nap >= _LONG_NAP_S or now >= listened + _LISTEN_EVERY_S)
+        if listens:
+            if select.select([inbox], [], [], nap)[0]:
                 return seen
             listened = now
-        sleep(min(nap_s, max(0.0, until - now)))
+        else:
+            sleep(nap)
         now = clock()
         if now >= until:
             return seen
-        found = []
+        found: list[int] = []
         for text in texts:
             content = read(text.fd, 16383, 0)
             if not content:
@@ -81,10 +89,10 @@ def in_python(
             found.append(text.offset + total(content, text.fields))
             if not text.low <= found[-1] <= text.high:
                 return seen
-        seen.append((now, found[0]))
+        seen.append((now, *found))
 
 
-glances: Callable[[int, float, float, tuple[Text, ...]], list[tuple[float, int]]] = in_python
+glances: Callable[[int, float, float, tuple[Text, ...]], list[Glance]] = in_python
 WHY_NOT_COMPILED = ""
 """Empty where the loop in C is used."""
 try:
@@ -92,7 +100,7 @@ try:
 except ImportError as error:
     WHY_NOT_COMPILED = f"{error}; it is built when brainenc is installed, with a C compiler and Python's headers"
 else:
-    if _glances.CONTRACT == CONTRACT:
+    if getattr(_glances, "CONTRACT", None) == CONTRACT:
         glances = _glances.glances
     else:
         WHY_NOT_COMPILED = "it was built for another version of brainenc; install it again"

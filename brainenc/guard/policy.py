@@ -91,6 +91,13 @@ class Meter(NamedTuple):
     name: str
     used: int
     limit: int
+    source: str = ""
+    """Which of several of this name: each group and the host are full at their own limits, and grow by themselves."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Name and source."""
+        return self.name, self.source
 
 
 class Timing(NamedTuple):
@@ -244,22 +251,22 @@ class Policy:
 
     def __init__(self, config: PolicyConfig | None = None) -> None:
         self.config = config or PolicyConfig()
-        self._trends: dict[str, Trend] = {}
-        self._levels: dict[str, tuple[Level, float]] = {}
+        self._trends: dict[tuple[str, str], Trend] = {}
+        self._levels: dict[tuple[str, str], tuple[Level, float]] = {}
 
     def look(self, now: float, meters: Iterable[Meter], timing: Timing) -> Decision:
         """The worst decision over all meters, at ``now`` (seconds of any monotonic clock)."""
         worst = max((self._one(now, meter, timing) for meter in meters), key=_badness, default=None)
         return worst or Decision(level="ok", meter="ram", used=0, limit=0, threshold=self.config.thresholds.ram_warn)
 
-    def note(self, name: str, readings: Iterable[tuple[float, int]]) -> None:
+    def note(self, meter: Meter, readings: Iterable[tuple[float, int]]) -> None:
         """Readings of a meter that are not judged, so that growth is known as well as if all were.
 
         Args:
-            name: of the meter.
+            meter: which.
             readings: when, and how many bytes were used.
         """
-        if (trend := self._trends.get(name)) is not None:
+        if (trend := self._trends.get(meter.key)) is not None:
             trend.add(readings)
 
     def same_level(self, meter: Meter) -> tuple[int, int]:
@@ -271,14 +278,14 @@ class Policy:
         return least, min((ceil(edge) - 1 for edge in edges if edge > meter.used), default=meter.limit)
 
     def _one(self, now: float, meter: Meter, timing: Timing) -> Decision:
-        trend = self._trends.setdefault(meter.name, Trend(self.config.window_s))
+        trend = self._trends.setdefault(meter.key, Trend(self.config.window_s))
         trend.add([(now, meter.used)])
-        before, since = self._levels.get(meter.name, ("ok", now))
+        before, since = self._levels.get(meter.key, ("ok", now))
         decision = classify(meter, trend.growth(), timing, self.config, before)
         if RANK[decision.level] < RANK[before] and now - since < self.config.dwell_s:
             return _held(decision, before, self.config.thresholds)
         if decision.level != before and not decision.predicted:  # growth that stops is forgotten at once: there is time
-            self._levels[meter.name] = (decision.level, now)
+            self._levels[meter.key] = (decision.level, now)
         return decision
 
 
@@ -329,10 +336,13 @@ def _badness(decision: Decision) -> tuple[int, bool, float]:
 
 TENSE_S = 0.01
 """Between two looks from 70 % on."""
+TENSE_FROM = 0.70
+FASTEST = 14e9
+"""Bytes a second at which a machine was seen to fill."""
 
 
 def sampling_interval(
-    used: int, limit: int, *, calm_s: float = 0.1, tense_s: float = TENSE_S, from_: float = 0.70
+    used: int, limit: int, *, calm_s: float = 0.1, tense_s: float = TENSE_S, from_: float = TENSE_FROM
 ) -> float:
     """Seconds until the next look: ``tense_s`` from 70 % on, else as long as the way there takes at memory's own speed.
 
@@ -340,7 +350,7 @@ def sampling_interval(
     every 100 ms would see 50 % and then nothing more.
     """
     room = from_ * limit - used
-    return min(calm_s, max(tense_s, room / 14e9)) if room > 0 else tense_s
+    return min(calm_s, max(tense_s, room / FASTEST)) if room > 0 else tense_s
 
 
 def free_below(meter: Meter, config: PolicyConfig) -> int:

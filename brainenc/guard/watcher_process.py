@@ -19,11 +19,13 @@ from functools import partial
 from typing import Any
 
 from brainenc.guard.brake import Brake
-from brainenc.guard.glances import Text, glances
+from brainenc.guard.glances import MOST_TEXTS, Glance, Text, glances
 from brainenc.guard.messages import Level
 from brainenc.guard.nvml import Nvml
 from brainenc.guard.policy import (
+    FASTEST,
     RANK,
+    TENSE_FROM,
     Decision,
     Meter,
     Policy,
@@ -35,7 +37,7 @@ from brainenc.guard.policy import (
 from brainenc.guard.probe import MemoryUse, Probe
 from brainenc.guard.updating import UpdatingFlag
 
-Glances = Callable[[float, float, tuple[Text, ...]], list[tuple[float, int]]]
+Glances = Callable[[float, float, tuple[Text, ...]], list[Glance]]
 READING_EVERY_S = 1.0
 _HOST_AT_LEAST_EVERY_S = 1.0
 _HOST_CALM = 0.6
@@ -73,11 +75,9 @@ class Lookout:
         self._gpus: list[Meter] = []
         self._sent: tuple[Level, bool, bool] = ("ok", False, False)
         self._wake_at = float("inf")
-        self._judged = Meter("ram", -1, 0)
-        self._still = (0, -1)
         self._judge_at = float("-inf")
         self._levels: list[MemoryUse] = []
-        self._worst = MemoryUse(0, -1, "")
+        self._bands: list[tuple[int, int, int]] = []
 
     def hear(self, message: dict[str, Any], now: float) -> None:
         """Take one message of the worker: ``timing``, ``slack``, ``uuids``, ``inject`` (a drill), ``wake_after``."""
@@ -100,11 +100,16 @@ class Lookout:
 
     def look(self, now: float) -> float:
         """Look once, tell the worker what it must know, and say how long to sleep."""
-        ram = self._ram(now)
-        if now < self._judge_at and self._is_still(ram):
-            self._policy.note("ram", [(now, ram.used)])
-            return max(0.0, min(sampling_interval(ram.used, ram.limit), self._judge_at - now))
-        decision = self._policy.look(now, self._pretend(now, [ram, *self._gpu_meters(now)]), self.timing)
+        tells = now >= self._reading_at + READING_EVERY_S - _EARLY_S  # together with a judgement, not soon after it
+        if tells:
+            self._probe.refresh()
+        rams = self._rams(now)
+        if now < self._judge_at and not tells and self._are_still(rams):
+            for ram in rams:
+                self._policy.note(ram, [(now, ram.used)])
+            return max(0.0, min(self._nap_s(), self._judge_at - now))
+        decision = self._policy.look(now, self._pretend(now, [*rams, *self._gpu_meters(now)]), self.timing)
+        ram = Meter("ram", decision.used, decision.limit)
         if decision.meter in self._injected:  # a drill jumps, which is no growth: it goes by the boundary, as drills do
             decision = replace(decision, urgent=False, rate=0.0, seconds_left=float("inf"))
         elif self._brake is not None and self._brake.adjust(decision, ram, now, updating=self._updating()):
@@ -114,17 +119,17 @@ class Lookout:
             self._wake_at = float("inf")
             self._send({"kind": "overdue", "at": now})
             self._wake()
-        if now >= self._reading_at + READING_EVERY_S - _EARLY_S:  # together with a judgement, not soon after it
+        if tells:
             self._reading_at = now
-            self._probe.refresh()
             reading = self._probe.read(self.slack, limits_only=True)
             self._send({"kind": "reading", "at": now, "cpu_s": time.process_time(), **reading.to_dict()})
-        interval = sampling_interval(ram.used, ram.limit)
+        nap_s = self._nap_s()
         if decision.level == "critical":  # every look is judged: memory that falls and rises again is a new alarm
             self._judge_at = float("-inf")
-            return max(0.0, min(interval, self._wake_at - now))
-        self._judged, self._still, self._judge_at = ram, self._stays(ram), self._due(now)
-        return max(0.0, min(interval, self._judge_at - now))
+            return max(0.0, min(nap_s, self._wake_at - now))
+        self._bands = [(level.limit, *self._band(level, nap_s)) for level in self._levels]
+        self._judge_at = self._due(now)
+        return max(0.0, min(nap_s, self._judge_at - now))
 
     def doze(self, nap_s: float, glances: Glances) -> bool:
         """Glance every ``nap_s`` seconds until something moves or the next judgement is due. As little as can be done:
@@ -137,47 +142,51 @@ class Lookout:
         Returns:
             whether it has waited at all; not where every look is judged, nor where there is nothing to glance at.
         """
-        texts = self._texts() if self._judge_at > float("-inf") else ()
-        if texts:
-            self._policy.note("ram", glances(nap_s, self._judge_at, texts))
-        return bool(texts)
+        watched = self._watched() if self._judge_at > float("-inf") else []
+        if watched:
+            seen = glances(nap_s, self._judge_at, tuple(text for _, text in watched))
+            for i, (level, _) in enumerate(watched, 1):
+                self._policy.note(_meter(level), [(glance[0], int(glance[i])) for glance in seen])
+        return bool(watched)
 
-    def _texts(self) -> tuple[Text, ...]:
-        """What to glance at, and within which bounds: the level that was judged, and those that could pass it."""
-        low, high = self._still
-        texts: list[Text] = []
-        for level, gauge in zip(self._levels, self._probe.gauges(), strict=True):
-            first = level == self._worst
-            if level.source == "host" and not first:
+    def _watched(self) -> list[tuple[MemoryUse, Text]]:
+        """What to glance at, and within which bounds."""
+        watched: list[tuple[MemoryUse, Text]] = []
+        for level, gauge, (_, low, high) in zip(self._levels, self._probe.gauges(), self._bands, strict=True):
+            if level.source == "host" and not self._reads_host():
                 continue  # it is read again before it can get to its limit
-            if gauge is None:
-                return ()
-            if first:
-                texts.insert(0, Text(gauge.fd, low, high, gauge.offset, gauge.fields))
-            else:
-                same = self._policy.same_level(Meter("ram", level.used, level.limit))[1]
-                passing = max(int(low / self._judged.limit * level.limit), level.used + int(_STILL * level.limit))
-                texts.append(Text(gauge.fd, 0, min(same, passing), gauge.offset, gauge.fields))
-        return tuple(texts)
+            if gauge is None or len(watched) == MOST_TEXTS:
+                return []
+            watched.append((level, Text(gauge.fd, low, high, gauge.offset, gauge.fields)))
+        return watched
 
-    def _is_still(self, ram: Meter) -> bool:
-        return ram.limit == self._judged.limit and self._still[0] <= ram.used <= self._still[1]
+    def _are_still(self, rams: list[Meter]) -> bool:
+        return [ram.limit for ram in rams] == [limit for limit, _, _ in self._bands] and all(
+            low <= ram.used <= high for ram, (_, low, high) in zip(rams, self._bands, strict=True)
+        )
+
+    def _band(self, level: MemoryUse, nap_s: float) -> tuple[int, int]:
+        """Bytes used at which a judgement may be put off: no threshold is passed, nothing grows that could be
+        predicted, and ``nap_s`` stays short enough."""
+        least, most = self._policy.same_level(_meter(level))
+        still = int(_STILL * level.limit)
+        calm_from = min(TENSE_FROM, self._policy.config.predict_from) * level.limit
+        if level.used < calm_from:
+            return least, min(most, max(level.used + still, int(calm_from - FASTEST * nap_s)))
+        return max(least, level.used - still), min(most, level.used + still)
 
     def _due(self, now: float) -> float:
         """When to judge at the latest, whatever memory does."""
         gpu_at = self._gpu_at + _GPU_EVERY_S if self._probe.watches_gpus else float("inf")
         drill_ends = min((end for _, end in self._injected.values()), default=float("inf"))
-        host_at = self._host_at if self._probe.limited else float("inf")
+        host_at = float("inf") if self._reads_host() else self._host_at
         reading_at = self._reading_at + READING_EVERY_S
-        return min(now + _JUDGED_EVERY_S, gpu_at, host_at, reading_at, self._wake_at, drill_ends)
+        brake_at = self._brake.releases_at if self._brake is not None else float("inf")
+        times = (gpu_at, host_at, reading_at, self._wake_at, drill_ends, brake_at if brake_at > now else float("inf"))
+        return min(now + _JUDGED_EVERY_S, *times)
 
-    def _stays(self, ram: Meter) -> tuple[int, int]:
-        """Bytes used at which a judgement may be put off."""
-        least, most = self._policy.same_level(ram)
-        return max(least, ram.used - int(_STILL * ram.limit)), min(most, ram.used + int(_STILL * ram.limit))
-
-    def _ram(self, now: float) -> Meter:
-        """The host is read less often while a group's limit is what binds."""
+    def _rams(self, now: float) -> list[Meter]:
+        """Every level's. The host is read less often while it is far from its limit and a group has one."""
         host = self._reads_host() or now >= self._host_at
         self._levels = self._probe.levels(host=host)
         if host:
@@ -185,11 +194,15 @@ class Lookout:
             self._host_fraction = self._levels[-1].fraction
             edge = (self._policy.same_level(Meter("ram", used, limit))[1] + 1) / limit
             self._host_at = now + sampling_interval(used, limit, calm_s=_HOST_AT_LEAST_EVERY_S, from_=edge)
-        self._worst = max(self._levels, key=lambda level: level.fraction)
-        return Meter("ram", self._worst.used, self._worst.limit)
+        return [_meter(level) for level in self._levels]
 
     def _reads_host(self) -> bool:
         return not self._probe.limited or self._host_fraction > _HOST_CALM
+
+    def _nap_s(self) -> float:
+        """As the level needs it that could be full first."""
+        levels = self._levels if self._reads_host() else self._levels[:-1]
+        return min(sampling_interval(level.used, level.limit) for level in levels)
 
     def _gpu_meters(self, now: float) -> list[Meter]:
         if now >= self._gpu_at + _GPU_EVERY_S:
@@ -203,11 +216,13 @@ class Lookout:
         if not self._injected:
             return meters
         self._injected = {name: drill for name, drill in self._injected.items() if now < drill[1]}
-        real = {meter.name: meter for meter in meters}
         for name, (fraction, _) in self._injected.items():
-            limit = real[name].limit if name in real else 16_000_000_000  # a drill for a GPU that is not there
-            real[name] = Meter(name, int(fraction * limit), limit)
-        return list(real.values())
+            real = [meter for meter in meters if meter.name == name]
+            # A drill for a GPU that is not there has a limit all the same.
+            fullest = max(real, key=lambda meter: meter.used / meter.limit, default=Meter(name, 0, 16_000_000_000))
+            meters = [meter for meter in meters if meter is not fullest]
+            meters.append(fullest._replace(used=int(fraction * fullest.limit)))
+        return meters
 
     def _tell(self, decision: Decision, now: float) -> None:
         state = (decision.level, decision.urgent, decision.held)
@@ -221,6 +236,10 @@ class Lookout:
         self._send({"kind": "decision", "at": now, "level": decision.level, "reason": decision.reason, **numbers})
         if worse or (still and decision.level == "critical"):
             self._wake()
+
+
+def _meter(level: MemoryUse) -> Meter:
+    return Meter("ram", level.used, level.limit, level.source)
 
 
 class Outbox:

@@ -3,7 +3,10 @@
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 import sysconfig
+import threading
 import time
 from pathlib import Path
 
@@ -86,11 +89,11 @@ def test_the_edges_belong_to_the_band(look, opened, band):
     assert look(-1, NAP_S, time.monotonic() + 0.1, (opened(STAT.format(USED), *band),))
 
 
-def test_any_text_ends_it_and_the_first_is_told(look, opened):
+def test_any_text_ends_it_and_all_are_told(look, opened):
     one, two = opened(STAT.format(USED)), opened(STAT.format(7))
     start = time.monotonic()
 
-    assert {value for _, value in look(-1, NAP_S, start + 0.1, (two, one))} == {6}
+    assert {glance[1:] for glance in look(-1, NAP_S, start + 0.1, (two, one))} == {(6, USED - 1)}
     assert look(-1, NAP_S, start + 60, (one, two._replace(high=5))) == []
     assert time.monotonic() < start + 30
 
@@ -101,6 +104,15 @@ def test_the_time_is_kept_although_a_nap_is_longer(look, opened):
     assert look(-1, 30.0, start + 0.05, (opened(STAT.format(USED)),)) == []
 
     assert start + 0.05 <= time.monotonic() < start + 15
+
+
+def test_a_message_ends_a_long_nap(look, opened, pipe):
+    threading.Timer(0.05, os.write, (pipe[1], b"{}\n")).start()
+    start = time.monotonic()
+
+    assert look(pipe[0], 20.0, start + 60, (opened(STAT.format(USED)),)) == []
+
+    assert time.monotonic() < start + 15
 
 
 def test_a_message_that_waits_is_not_kept_waiting(look, opened, pipe):
@@ -153,6 +165,25 @@ def test_what_c_has_no_room_for_is_refused_or_left_to_the_next_call(opened):
         glances(-1, 0.0, until, ([1],))
 
 
+@pytest.mark.parametrize("contract", [None, module.CONTRACT + 1])
+def test_an_extension_of_another_version_is_not_used(contract):
+    program = f"""
+import importlib, sys, types
+from brainenc import guard
+from brainenc.guard import glances
+other = types.ModuleType("brainenc.guard._glances")
+other.glances = None
+if {contract}: other.CONTRACT = {contract}
+guard._glances = sys.modules["brainenc.guard._glances"] = other
+glances = importlib.reload(glances)
+assert glances.glances is glances.in_python
+print(glances.WHY_NOT_COMPILED)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert "install it again" in done.stdout
+
+
 NAMES = st.sampled_from([b"anon ", b"shmem ", b"sock ", b"kernel ", b"MemAvailable:", b"anon_thp "])
 LINES = st.lists(st.tuples(NAMES, st.sampled_from([b"", b"   "]), st.integers(0, 1 << 45)), unique_by=lambda x: x[0])
 
@@ -170,9 +201,11 @@ def test_c_and_python_add_the_same_numbers(tmp_path, lines, fields, unit, ended,
     path.write_bytes(content or b"\n")
     fd = os.open(path, os.O_RDONLY)
     text = Text(fd, -(1 << 62), BIG, offset, tuple(fields))
+    ticks = iter(range(5))
 
-    found = {v for loop in (glances, in_python) for _, v in loop(-1, 0.0, time.monotonic() + 0.002, (text,))}
+    in_py = in_python(-1, 1, 4, (text, text), sleep=lambda s: None, clock=lambda: next(ticks))
+    in_c = [] if module.WHY_NOT_COMPILED else glances(-1, 0.0, time.monotonic() + 60, (text, text))
 
     os.close(fd)
-    assert found <= {wanted + offset}
-    assert found
+    assert [glance[1:] for glance in in_py] == [(wanted + offset,) * 2] * 3
+    assert [glance[1:] for glance in in_c] == [(wanted + offset,) * 2] * (0 if module.WHY_NOT_COMPILED else 128)

@@ -20,7 +20,7 @@ LOW = Thresholds(ram_warn=0.45, ram_critical=0.50)
 class Machine:
     """A machine whose memory and GPU are functions of time."""
 
-    limited = watches_gpus = True
+    limited, watches_gpus = False, True
 
     def __init__(self, ram, gpu=lambda now: 0.1):
         self.now, self._ram, self._gpu = 0.0, ram, gpu
@@ -88,9 +88,9 @@ class Grouped:
     """A machine with groups and a host whose texts the test writes, and a clock that each wait moves on. Watched as the
     process does it, with glances."""
 
-    def __init__(self, folder, used, *, gpu=None, pod="max", **config):
+    def __init__(self, folder, used, *, gpu=None, pod="max", limit=LIMIT, **config):
         self.tree = FakeTree(folder)
-        self.tree.v2("/pod/job", {"/pod": str(pod), "/pod/job": str(LIMIT)}, {"anon": int(used * LIMIT)})
+        self.tree.v2("/pod/job", {"/pod": str(pod), "/pod/job": str(int(limit))}, {"anon": int(used * LIMIT)})
         self.now, self.woken, self.heard, self.dozes = 0.0, 0, [], 0
         look = lambda slack=None: [] if gpu is None else gpu(self.now)  # noqa: E731
         probe = Probe(root=folder, nvml=SimpleNamespace(watches=gpu is not None, look=look))
@@ -318,6 +318,90 @@ def test_a_leak_in_the_group_above_is_predicted(tmp_path):
     )
 
     assert found < 1.1
+
+
+def meminfo(machine, total, used):
+    free = max(0, int(total - used)) >> 10
+    machine.tree.file("proc/meminfo", f"MemTotal: {int(total) >> 10} kB\nMemAvailable: {free} kB\n")
+
+
+def decided(machine):
+    return [message for message in machine.heard if message["kind"] == "decision"]
+
+
+@pytest.mark.parametrize("host", [0.3, 0.6, 0.72, 0.76])
+def test_a_leak_is_predicted_although_the_host_was_fuller_before(tmp_path, host):
+    """A group of 2 GB that grows by 1.3 GB/s, on a host of 16 GB: the fuller of two meters is not the one to follow."""
+    machine = Grouped(tmp_path, used=0.2, limit=2e9)
+    meminfo(machine, 16e9, host * 16e9)
+
+    def leak(now):
+        machine.write((0.3 + 0.65 * max(0.0, now - 1)) * 2e9 / LIMIT)
+
+    machine.watch(leak, until=3.0, ended=lambda: machine.woken)
+
+    first = next(d for d in decided(machine) if d["level"] == "critical")
+    assert (first["predicted"], first["limit"]) == (True, 2e9)
+    assert first["fraction"] < 0.83
+
+
+def test_two_levels_that_change_places_are_no_growth(tmp_path):
+    """A group of 60 GB and a host of 64 GB: from one to the other it is 4 GB in an instant."""
+    machine = Grouped(tmp_path, used=0.5, limit=60e9)
+
+    def change(now):
+        machine.write((0.885 + 0.002 * (int(now * 3) % 2)) * 60e9 / LIMIT)
+        meminfo(machine, 64e9, 0.886 * 64e9)
+
+    machine.watch(change, until=5.0)
+
+    assert decided(machine)
+    assert not any(d["urgent"] for d in decided(machine))
+
+
+@pytest.mark.parametrize("phase", [0.05, 0.3, 0.6, 0.9])
+def test_a_limit_that_is_lowered_is_seen_within_a_second(tmp_path, phase):
+    """`docker update`, or Slurm."""
+    machine = Grouped(tmp_path, used=0.75)
+    machine.watch(until=2 + phase)
+    machine.tree.file("sys/fs/cgroup/pod/job/memory.max", f"{int(0.8 * LIMIT)}\n")
+    lowered = machine.now
+
+    assert machine.watch(ended=lambda: machine.woken) - lowered <= 1.2
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.25, 0.5, 0.75])
+def test_a_host_that_others_fill_is_predicted_while_the_group_rests(tmp_path, phase):
+    machine = Grouped(tmp_path, used=0.75)
+
+    found = machine.watch(
+        lambda now: meminfo(machine, 64e9, 0.72 * 64e9 + 10e9 * max(0.0, now - 2 - phase)),
+        ended=lambda: machine.woken,
+    )
+
+    assert found - 2 - phase <= 0.4
+
+
+@pytest.mark.parametrize(
+    ("total", "host", "job"), [(8e9, 0.845, 0.3), (64e9, 0.845, 0.3), (16e9, 0.69, 0.75), (64e9, 0.5, 0.75)]
+)
+def test_what_rests_is_judged_every_second_and_not_more(tmp_path, total, host, job):
+    machine = Grouped(tmp_path, used=job * 6e9 / LIMIT, limit=6e9)
+    meminfo(machine, total, host * total)
+    judged, look = [], machine.lookout._policy.look
+    machine.lookout._policy.look = lambda now, *rest: judged.append(now) or look(now, *rest)
+
+    machine.watch(until=10.0)
+
+    assert 9 <= len(judged) <= 22  # a host that is not glanced at is read as often as it could fill
+
+
+def test_the_nap_is_the_one_of_the_level_that_could_be_full_first(tmp_path):
+    """A group of 1 GB at 30 % is at 70 % in 29 ms, whatever a fuller host would take."""
+    machine = Grouped(tmp_path, used=0.3 * 1e9 / LIMIT, limit=1e9)
+    meminfo(machine, 64e9, 0.31 * 64e9)
+
+    assert machine.lookout.look(0.0) == pytest.approx(0.4e9 / 14e9)
 
 
 def test_without_a_group_the_host_is_glanced_at(tmp_path):

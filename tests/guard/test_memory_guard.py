@@ -434,7 +434,7 @@ def test_the_watcher_sees_an_update_while_it_goes_on(home):
 class Memory:
     """Main memory as a test wants it, for the watcher's look and the guard's."""
 
-    limited, watches_gpus = True, False
+    limited = watches_gpus = False
 
     def __init__(self, fraction):
         self.fraction = fraction
