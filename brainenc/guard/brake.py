@@ -66,6 +66,8 @@ class Brake:
         )
         if updating and decision.fraction < _WAITS_UNTIL and decision.seconds_left > _WAITS_S:
             short = False
+            if self.on:  # it was put on an instant before the update began: whoever leaks would take what that needs
+                self.release()
         if short and not self.on:
             self._since = now
             return self._hold(max(0, ram.limit - ram.used))

@@ -101,6 +101,21 @@ def test_an_update_of_the_weights_is_waited_for_while_there_is_time(child, fract
     assert brake.on
 
 
+@pytest.mark.parametrize(("fraction", "left", "held"), [(0.9, 0.5, False), (0.9, 0.05, True), (0.98, 0.5, True)])
+def test_an_update_that_begins_right_after_it_was_put_on_gets_its_memory(child, fraction, left, held):
+    """Whoever leaks has taken the margin before the update asks for it."""
+    brake = Brake(child.process.pid, hold_s=5)
+    short = decision("critical", urgent=True, fraction=fraction, left=left)
+    assert brake.adjust(short, RAM, now=0)
+
+    brake.adjust(short, RAM, now=0.01, updating=True)
+    assert brake.on is held
+    assert child.grow(200) == ("refused" if held else "given")
+
+    brake.adjust(short, RAM, now=0.02)
+    assert brake.on
+
+
 def test_the_margin_never_takes_more_than_half_of_what_is_left(child):
     before = data_bytes(child.process.pid)
     Brake(child.process.pid, hold_s=5).adjust(decision("critical", urgent=True), Meter("ram", 960_000_000, GB), now=0)
