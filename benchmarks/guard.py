@@ -30,7 +30,7 @@ Races run under a real memory limit of 1.5 GB with 82 MB of training state in a 
 leak in one of two Ray workers, are in `make soak`. They need root and a memory control group, and are left out
 elsewhere. Soak under 8 GB, November 2026, two cores, with the watcher as it is: a leak in rank 1 of 2 under Ray, 20 of
 20 won at 200 MB/s and at 1.3 GB/s; in a plain script at 1.3 GB/s 20 of 20 in the main thread, and in another one first
-a loss in seven, to a brake put on an instant before an update of the weights, and since it lets go of those 20 of 20 twice.
+a loss in seven, to a brake put on just before an update of the weights, and since it lets go of those 20 of 20 twice.
 With the watcher before it, in a plain script: 20 of 20 at both speeds, in the main thread and in another one; as fast
 as the machine fills, at least 18 of 20, and 5 of 5 under Ray; ten minutes of reading without an alarm; twenty deaths of
 rank 1 of 2 in mid-step (`kill -9`): training again after 8.0 to 10.6 s, 3 steps done
