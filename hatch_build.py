@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sys
 import sysconfig
@@ -18,6 +17,8 @@ TARGET = "brainenc/guard/_glances.abi3.so"
 
 class ExtensionHook(BuildHookInterface):
     """Into a wheel, or beside the source for an editable install. Nothing else is written into the checkout."""
+
+    _scratch = ""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, unless this is no Linux."""
@@ -41,8 +42,8 @@ class ExtensionHook(BuildHookInterface):
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Remove what was compiled on the way."""
-        with contextlib.suppress(AttributeError):
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._scratch:
+            shutil.rmtree(self._scratch)
 
     def _compile(self, root: Path) -> Path | None:
         from setuptools import Distribution, Extension

@@ -214,7 +214,7 @@ def _all_ranks(folder: Path) -> list[Figure]:
 _CROSSING = """
 import json, signal, sys, time
 import numpy as np
-from brainenc.guard.glances import WHY_NOT_COMPILED, Text, glances, in_python
+from brainenc.guard.glances import WHY_NOT_COMPILED, glances, in_python
 from brainenc.guard.policy import Thresholds
 from brainenc.guard.probe import Probe
 from brainenc.guard.watcher import WAKE_SIGNAL, Watcher, WatcherSettings
@@ -253,7 +253,7 @@ square = np.ones((600, 600))
 cores, beside = share(lambda: time.sleep(.5)), share(lambda: square @ square)
 watcher.close()
 gauge = probe.gauges()[0]
-text = Text(gauge.fd, 0, 1 << 62, gauge.offset, gauge.fields)
+text = gauge.within(0, 1 << 62)
 def alone(loop):
     spent, until = time.process_time(), time.monotonic() + 2
     while time.monotonic() < until: loop(until)

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from brainenc.guard.glances import Fields, total
+from brainenc.guard.glances import Fields, Gauge, total
 
 UNLIMITED = 1 << 60
 """Version 1 writes about 2^63 where version 2 writes ``max``; nothing real comes near."""
@@ -31,14 +31,6 @@ class Mount(NamedTuple):
     version: int
     point: Path
     group: Path
-
-
-class Gauge(NamedTuple):
-    """Where the bytes used can be read at the price of a glance: numbers of a text, and what to add to their sum."""
-
-    fd: int
-    offset: int
-    fields: Fields
 
 
 class LimitedGroup:

@@ -34,6 +34,22 @@ class Text(NamedTuple):
     fields: Fields
 
 
+class Gauge(NamedTuple):
+    """Where bytes used can be read at the price of a glance: numbers of a text, and what to add to their sum."""
+
+    fd: int
+    offset: int
+    fields: Fields
+
+    def read(self) -> int:
+        """As a glance reads it."""
+        return self.offset + total(os.pread(self.fd, 16383, 0), self.fields)
+
+    def within(self, low: int, high: int) -> Text:
+        """To be glanced at; from ``low`` to ``high`` it is nothing new."""
+        return Text(self.fd, low, high, self.offset, self.fields)
+
+
 def total(text: bytes, fields: Fields) -> int:
     """The sum of the numbers that are listed, each as often as it counts."""
     text, found = b"\n" + text, 0

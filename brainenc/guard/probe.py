@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from brainenc.guard.cgroup import Gauge, LimitedGroup, limited_groups
+from brainenc.guard.cgroup import LimitedGroup, limited_groups
+from brainenc.guard.glances import Gauge, total
 from brainenc.guard.nvml import GpuUse, Nvml
 
 _LINUX: bool = sys.platform == "linux"
@@ -213,23 +214,18 @@ class _Meminfo:
     def __call__(self) -> Host:
         return parse_meminfo(os.pread(self._fd, 8192, 0))
 
-    def gauge(self, total: int) -> Gauge:
-        """For glances at what is used of ``total`` bytes."""
-        return Gauge(self._fd, total, ((b"MemAvailable:", -1024),))
+    def gauge(self, n_bytes: int) -> Gauge:
+        """For glances at what is used of so many."""
+        return Gauge(self._fd, n_bytes, ((b"MemAvailable:", -1024),))
 
 
 def parse_meminfo(text: bytes) -> Host:
     """Total, available, and the unreclaimable share of the kernel's memory."""
 
-    def kilobytes(name: bytes) -> int:
-        start = text.find(b"\n" + name + b":") + 1 if not text.startswith(name + b":") else 0
-        if start == 0 and not text.startswith(name + b":"):
-            return 0
-        return int(text[start + len(name) + 1 : text.index(b"kB", start)])
-
-    kept = sum(map(kilobytes, (b"SUnreclaim", b"KernelStack", b"PageTables", b"Percpu")))
-    whole = kept + kilobytes(b"SReclaimable")
-    return Host(kilobytes(b"MemTotal") * 1024, kilobytes(b"MemAvailable") * 1024, kept / whole if whole else 1.0)
+    kept = total(text, ((b"SUnreclaim:", 1), (b"KernelStack:", 1), (b"PageTables:", 1), (b"Percpu:", 1)))
+    whole = kept + total(text, ((b"SReclaimable:", 1),))
+    in_all, available = (total(text, ((name, 1024),)) for name in (b"MemTotal:", b"MemAvailable:"))
+    return Host(in_all, available, kept / whole if whole else 1.0)
 
 
 def _psutil_host() -> Host:

@@ -157,7 +157,7 @@ class Lookout:
                 continue  # it is read again before it can get to its limit
             if gauge is None or len(watched) == MOST_TEXTS:
                 return []
-            watched.append((level, Text(gauge.fd, low, high, gauge.offset, gauge.fields)))
+            watched.append((level, gauge.within(low, high)))
         return watched
 
     def _are_still(self, rams: list[Meter]) -> bool:

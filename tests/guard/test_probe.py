@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from brainenc.guard.glances import total
 from brainenc.guard.nvml import GpuUse, Nvml
 from brainenc.guard.probe import Host, Probe, anonymous_bytes, family, parse_meminfo, read_pressure, space
 from brainenc.guard.testing import FakeTree, MemoryLimit, can_limit_memory, drop_cache
@@ -204,10 +203,6 @@ def test_inside_a_real_group_the_page_cache_does_not_count(tmp_path):
     assert 64 << 20 <= used < 100 << 20
 
 
-def glanced(gauge):
-    return gauge.offset + total(os.pread(gauge.fd, 16384, 0), gauge.fields)
-
-
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_gauge_reads_what_is_used_and_no_page_cache(tmp_path, version):
     tree = FakeTree(tmp_path)
@@ -219,7 +214,7 @@ def test_a_gauge_reads_what_is_used_and_no_page_cache(tmp_path, version):
         tree.v2("/job", {"/job": str(10 * GB)}, {"anon": 5 * GB, "kernel": 2 * GB, "slab_reclaimable": GB})
     probe = Probe(root=tmp_path)
     job, host = probe.gauges()
-    assert (glanced(job), glanced(host)) == (6 * GB, 48_000_000 * 1024)
+    assert (job.read(), host.read()) == (6 * GB, 48_000_000 * 1024)
 
     if version == 1:
         tree.file("sys/fs/cgroup/memory/job/memory.stat", f"total_cache {9 * GB}\ntotal_rss {6 * GB}\ntotal_shmem 7\n")
@@ -228,18 +223,15 @@ def test_a_gauge_reads_what_is_used_and_no_page_cache(tmp_path, version):
         tree.file("sys/fs/cgroup/job/memory.stat", lines)
     tree.file("proc/meminfo", "MemTotal: 64000000 kB\nMemFree: 5 kB\nMemAvailable: 15000000 kB\n")
 
-    assert (glanced(job), glanced(host)) == (7 * GB + 7, 49_000_000 * 1024)
+    assert (job.read(), host.read()) == (7 * GB + 7, 49_000_000 * 1024)
 
 
 _GAUGE = """
-import os
-from brainenc.guard.glances import total
 from brainenc.guard.probe import Probe
 probe = Probe()
 gauge = probe.gauges()[0]
-read = lambda: gauge.offset + total(os.pread(gauge.fd, 16384, 0), gauge.fields)
-before, kept = read(), b"1" * (50 << 20)
-print(read() - before, probe.levels()[0].used - read())
+before, kept = gauge.read(), b"1" * (50 << 20)
+print(gauge.read() - before, probe.levels()[0].used - gauge.read())
 """
 
 
