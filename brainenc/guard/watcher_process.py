@@ -77,7 +77,7 @@ class Lookout:
         self._wake_at = float("inf")
         self._judge_at = float("-inf")
         self._levels: list[MemoryUse] = []
-        self._bands: list[tuple[int, int, int]] = []
+        self._bands: list[tuple[int, int]] = []
 
     def hear(self, message: dict[str, Any], now: float) -> None:
         """Take one message of the worker: ``timing``, ``slack``, ``uuids``, ``inject`` (a drill), ``wake_after``."""
@@ -104,7 +104,7 @@ class Lookout:
         if tells:
             self._probe.refresh()
         rams = self._rams(now)
-        if now < self._judge_at and not tells and self._are_still(rams):
+        if now < self._judge_at and not tells and self._are_still(rams):  # `tells`: limits may have changed
             for ram in rams:
                 self._policy.note(ram, [(now, ram.used)])
             return max(0.0, min(self._nap_s(), self._judge_at - now))
@@ -127,7 +127,7 @@ class Lookout:
         if decision.level == "critical":  # every look is judged: memory that falls and rises again is a new alarm
             self._judge_at = float("-inf")
             return max(0.0, min(nap_s, self._wake_at - now))
-        self._bands = [(level.limit, *self._band(level, nap_s)) for level in self._levels]
+        self._bands = [self._band(level, nap_s) for level in self._levels]
         self._judge_at = self._due(now)
         return max(0.0, min(nap_s, self._judge_at - now))
 
@@ -152,7 +152,7 @@ class Lookout:
     def _watched(self) -> list[tuple[MemoryUse, Text]]:
         """What to glance at, and within which bounds."""
         watched: list[tuple[MemoryUse, Text]] = []
-        for level, gauge, (_, low, high) in zip(self._levels, self._probe.gauges(), self._bands, strict=True):
+        for level, gauge, (low, high) in zip(self._levels, self._probe.gauges(), self._bands, strict=True):
             if level.source == "host" and not self._reads_host():
                 continue  # it is read again before it can get to its limit
             if gauge is None or len(watched) == MOST_TEXTS:
@@ -161,9 +161,7 @@ class Lookout:
         return watched
 
     def _are_still(self, rams: list[Meter]) -> bool:
-        return [ram.limit for ram in rams] == [limit for limit, _, _ in self._bands] and all(
-            low <= ram.used <= high for ram, (_, low, high) in zip(rams, self._bands, strict=True)
-        )
+        return all(low <= ram.used <= high for ram, (low, high) in zip(rams, self._bands, strict=True))
 
     def _band(self, level: MemoryUse, nap_s: float) -> tuple[int, int]:
         """Bytes used at which a judgement may be put off: no threshold is passed, nothing grows that could be

@@ -62,6 +62,26 @@ def test_a_slow_leak_is_predicted_when_saving_takes_long(late, window_s):
     assert alarm(leaks, late=late, save_s=20.0, window_s=window_s) < 10
 
 
+def test_looks_that_are_not_judged_are_told_to_the_trend():
+    """Where nothing can be glanced at. 0.05 % a second, which would be judged once a second: too rarely for a trend."""
+    leaks = Machine(lambda now: 0.75 + 0.0005 * now)
+
+    assert alarm(leaks, save_s=400.0) < 3
+
+
+def test_the_brake_goes_by_the_level_that_is_short(tmp_path):
+    """A group of 2 GB, on a host with much more room."""
+    asked = []
+    machine = Grouped(tmp_path, used=0.95 * 2e9 / LIMIT, limit=2e9)
+    machine.lookout._brake = SimpleNamespace(
+        adjust=lambda decision, ram, now, updating: bool(asked.append((ram.used, ram.limit))), releases_at=0.0
+    )
+
+    machine.lookout.look(0.0)
+
+    assert asked == [(int(0.95 * 2e9), 2e9)]
+
+
 @pytest.mark.parametrize("per_second", [0.001, 0.009, 0.05, 0.3])
 @pytest.mark.parametrize("start", [0.80, 0.8733])
 def test_a_threshold_is_seen_within_150_ms_at_any_speed(per_second, start):
