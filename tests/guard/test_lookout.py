@@ -65,6 +65,7 @@ def test_a_slow_leak_is_predicted_when_saving_takes_long(late, window_s):
 def test_looks_that_are_not_judged_are_told_to_the_trend():
     """Where nothing can be glanced at. 0.05 % a second, which would be judged once a second: too rarely for a trend."""
     leaks = Machine(lambda now: 0.75 + 0.0005 * now)
+    leaks.watches_gpus = False  # no GPU that is judged ten times a second
 
     assert alarm(leaks, save_s=400.0) < 3
 
@@ -414,6 +415,28 @@ def test_what_rests_is_judged_every_second_and_not_more(tmp_path, total, host, j
     machine.watch(until=10.0)
 
     assert 9 <= len(judged) <= 22  # a host that is not glanced at is read as often as it could fill
+
+
+def test_calm_memory_may_move_without_being_judged(tmp_path):
+    """What trainings do in each step, far from the limit: nothing is predicted there."""
+    machine = Grouped(tmp_path, used=0.3)
+    judged, look = [], machine.lookout._policy.look
+    machine.lookout._policy.look = lambda now, *rest: judged.append(now) or look(now, *rest)
+
+    machine.watch(lambda now: machine.write(0.3 + 0.05 * (int(now * 10) % 2)), until=10.0)
+
+    assert len(judged) <= 12
+
+
+def test_calm_memory_that_grows_is_looked_at_more_often_in_time(tmp_path):
+    """A group of 4 GB: with the nap of 30 %, 60 % would be followed by more than the limit."""
+    machine = Grouped(tmp_path, used=0.3 * 4e9 / LIMIT, limit=4e9)
+    assert machine.lookout.look(0.0) == pytest.approx(0.1)
+
+    machine.doze(0.1, lambda seconds: (machine.sleep(seconds), machine.write(0.60 * 4e9 / LIMIT)))
+
+    assert machine.now == pytest.approx(0.1)
+    assert machine.lookout.look(machine.now) == pytest.approx(0.10 * 4e9 / 14e9)
 
 
 def test_the_nap_is_the_one_of_the_level_that_could_be_full_first(tmp_path):
