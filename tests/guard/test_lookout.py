@@ -286,6 +286,29 @@ def test_a_drill_ends_on_time(tmp_path, used):
     assert said[-2] < 1.03 <= said[-1] <= 1.06
 
 
+def test_a_drill_stands_for_what_is_measured(tmp_path):
+    """Also where it is lower: there is one figure for one thing."""
+    machine = Grouped(tmp_path, used=0.86, dwell_s=0.0)
+    machine.watch(until=1.0)
+    assert decided(machine)[-1]["level"] == "warn"
+    machine.lookout.hear({"inject": {"meter": "ram", "fraction": 0.2, "seconds": 1.0}}, machine.now)
+
+    machine.watch(until=1.5)
+
+    assert decided(machine)[-1]["level"] == "ok"
+
+
+def test_the_brake_is_let_go_on_time(tmp_path):
+    machine, asked = Grouped(tmp_path, used=0.75), []
+    machine.lookout._brake = SimpleNamespace(
+        adjust=lambda decision, ram, now, updating: bool(asked.append(now)), releases_at=1.47
+    )
+
+    machine.watch(until=3.0)
+
+    assert any(now == pytest.approx(1.47) for now in asked)
+
+
 @pytest.mark.parametrize("used", [0.2, 0.75], ids=["calm", "near the limit"])
 def test_a_worker_that_asked_to_be_woken_is_woken_on_time(tmp_path, used):
     machine = Grouped(tmp_path, used=used)
