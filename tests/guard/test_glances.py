@@ -115,6 +115,15 @@ def test_a_message_ends_a_long_nap(look, opened, pipe):
     assert time.monotonic() < start + 15
 
 
+def test_long_naps_are_spent_at_the_pipe(opened, pipe):
+    """Else a message that comes in every second of them would wait for the end of the nap."""
+    ticks = iter([0.0, 0.06, 0.12, 0.18, 0.24])
+
+    seen = in_python(pipe[0], 0.06, 0.24, (opened(STAT.format(USED)),), clock=lambda: next(ticks), sleep=pytest.fail)
+
+    assert len(seen) == 3
+
+
 def test_a_message_that_waits_is_not_kept_waiting(look, opened, pipe):
     os.write(pipe[1], b"{}\n")
     start = time.monotonic()

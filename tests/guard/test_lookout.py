@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from brainenc.guard import watcher_process
 from brainenc.guard.glances import in_python, total
 from brainenc.guard.nvml import GpuUse, Nvml
 from brainenc.guard.policy import Policy, PolicyConfig, Thresholds, Timing
@@ -493,6 +494,16 @@ def test_where_the_host_has_no_text_nobody_dozes(tmp_path):
     lookout.look(0.0)
 
     assert not lookout.doze(STEP, lambda *_: pytest.fail("it has waited"))
+
+
+def test_more_levels_than_fit_are_looked_at_in_full(tmp_path, monkeypatch):
+    machine = Grouped(tmp_path, used=0.75, pod=4 * LIMIT)
+    machine.lookout.look(0.0)
+    assert machine.doze()
+    monkeypatch.setattr(watcher_process, "MOST_TEXTS", 1)
+    machine.lookout.look(machine.now)
+
+    assert not machine.doze()
 
 
 @pytest.mark.parametrize("cached", [0.0, 0.001, -0.001, 0.05], ids=["none", "as fast", "shrinks", "faster"])

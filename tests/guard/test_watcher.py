@@ -2,9 +2,11 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -162,3 +164,34 @@ def test_a_kernel_without_handles_on_processes_is_no_obstacle(monkeypatch):
         assert wait_until(lambda: bool(woken))
     finally:
         signal.signal(WAKE_SIGNAL, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_watcher_ends_although_a_child_of_its_worker_holds_the_pipe():
+    program = """
+import os, time
+from brainenc.guard.watcher import Watcher, WatcherSettings
+watcher = Watcher(WatcherSettings())
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+print(watcher.pid, child, flush=True)
+os._exit(0)
+"""
+    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], stdout=subprocess.PIPE, text=True) as worker:
+        watcher, child = map(int, worker.stdout.readline().split())
+    try:
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{watcher}/stat").exists() and _state(watcher) != "Z" and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert time.monotonic() < deadline
+        assert _state(child) in "SR"  # it held the pipe all the time
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def _state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "Z"
