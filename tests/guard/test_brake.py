@@ -67,7 +67,9 @@ def test_it_holds_when_time_is_short_and_releases_after_the_danger(child):
     brake = Brake(child.process.pid, hold_s=5)
     assert child.grow(200) == "given"
 
+    assert brake.releases_at == float("inf")
     assert brake.adjust(decision("critical", urgent=True), RAM, now=100)
+    assert brake.releases_at == 105
     assert child.grow(200) == "refused"
     assert child.grow(10) == "given"  # saving needs a little
 
