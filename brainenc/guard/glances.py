@@ -112,9 +112,11 @@ glances: Callable[[int, float, float, tuple[Text, ...]], list[Glance]] = in_pyth
 WHY_NOT_COMPILED = ""
 """Empty where the loop in C is used."""
 try:
-    from brainenc.guard import _glances
+    import brainenc.guard._glances as _glances
+except ModuleNotFoundError:
+    WHY_NOT_COMPILED = "it was not built: installing brainenc takes Linux, a C compiler and Python's headers for it"
 except ImportError as error:
-    WHY_NOT_COMPILED = f"{error}; it is built when brainenc is installed, with a C compiler and Python's headers"
+    WHY_NOT_COMPILED = f"it cannot be loaded: {error}"
 else:
     if getattr(_glances, "CONTRACT", None) == CONTRACT:
         glances = _glances.glances

@@ -174,6 +174,20 @@ def test_what_c_has_no_room_for_is_refused_or_left_to_the_next_call(opened):
         glances(-1, 0.0, until, ([1],))
 
 
+@pytest.mark.parametrize(("built", "told"), [(None, "not built"), (b"no library", "cannot be loaded")])
+def test_without_the_extension_python_does_it_and_says_why(tmp_path, built, told):
+    """A copy of the package as it is where there was no compiler, or where the library is of another machine."""
+    shutil.copytree(Path(module.__file__).parents[1], tmp_path / "brainenc", ignore=shutil.ignore_patterns("*.so"))
+    if built is not None:
+        (tmp_path / "brainenc/guard/_glances.abi3.so").write_bytes(built)
+    program = "from brainenc.guard import glances as g; print(g.glances is g.in_python, g.__file__, g.WHY_NOT_COMPILED)"
+
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    assert done.stdout.startswith(f"True {tmp_path}")
+    assert told in done.stdout
+
+
 @pytest.mark.parametrize("contract", [None, module.CONTRACT + 1])
 def test_an_extension_of_another_version_is_not_used(contract):
     program = f"""
