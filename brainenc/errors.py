@@ -25,6 +25,7 @@
     |- TrainingFailed                     training ended with work undone
     |  |- LossNotFinite (ArithmeticError) the loss is NaN or infinite
     |  `- CheckpointUnusable              a checkpoint is torn, of another model or of another version
+    |     `- NeedsTrust                   it is whole, but holds pickled objects, which are code
     |- MemoryRefused (MemoryError)        a reservation that would not fit
     `- StoppedSafely                      stopped before the end on purpose, resumable (exit 75)
 
@@ -271,6 +272,10 @@ class LossNotFinite(TrainingFailed, ArithmeticError):
 
 class CheckpointUnusable(TrainingFailed):
     """A checkpoint is torn, of another model or of another version."""
+
+
+class NeedsTrust(CheckpointUnusable):
+    """A checkpoint is whole, but holds pickled objects, which are code: whoever wrote it decides."""
 
 
 class MemoryRefused(BrainencError, MemoryError):

@@ -43,7 +43,7 @@ def say(text: str) -> None:
     try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
-    except (RuntimeError, ValueError):  # "reentrant call"; or the stream is closed
+    except (RuntimeError, ValueError, OSError):  # "reentrant call"; closed; a full disk, or a `tee` that has ended
         with contextlib.suppress(OSError):
             os.write(2, (text + "\n").encode(errors="replace"))
 
@@ -117,13 +117,16 @@ def emergency(
     failures: Sequence[str],
     marks: Symbols,
     goes_on: bool = False,
+    kept: bool = False,
 ) -> str:
     """What happened and where the checkpoint lies; ``saved`` is empty when it lies nowhere. ``goes_on``: it is not the
-    end, because the batch is made smaller."""
+    end, because the batch is made smaller. ``kept``: it is an earlier one, to which there is nothing to add."""
     title = "MEMORY IS SHORT: saving, then a smaller batch" if goes_on and saved else "EMERGENCY STOP"
     lines = [_RULE, f"{marks.alarm}{title}", _RULE, f"Reason: {reason}", f"Current epoch: {epoch} (step {step})"]
     lines += [f"{marks.failed}could not save: {failure}" for failure in failures]
-    if saved:
+    if kept:
+        lines += [f"{marks.done}Nothing was trained since the start: {saved} stays as it is."]
+    elif saved:
         lines += [
             f"{marks.done}Emergency checkpoint saved: {saved} ({format_bytes(n_bytes)} in {seconds:.2f} s, verified)"
         ]
@@ -134,10 +137,12 @@ def emergency(
     return "\n".join([*lines, _RULE])
 
 
-def farewell(path: str, marks: Symbols) -> str:
-    """The last lines: how to go on."""
-    return (
-        f"{marks.done}Stopped safely (exit code 75). To resume, run the same command again: `guard.resume()` finds\n"
-        f"   {path}\n"
-        "   If it stops again soon: a smaller batch, fewer loader workers, or a stricter threshold."
-    )
+def farewell(path: str, marks: Symbols, *, short: bool) -> str:
+    """The last lines: how to go on. ``short``: of memory, as far as is known."""
+    lines = [
+        f"{marks.done}Stopped safely (exit code 75). To resume, run the same command again: `guard.resume()` finds",
+        f"   {path}",
+    ]
+    if short:
+        lines.append("   If it stops again soon: a smaller batch, or fewer loader workers.")
+    return "\n".join(lines)

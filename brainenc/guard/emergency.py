@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from brainenc import private
-from brainenc.errors import CheckpointUnusable
+from brainenc.errors import CheckpointUnusable, NeedsTrust
 
 _NAME = re.compile(r"emergency_epoch(\d+)\.pth")
 
@@ -92,6 +92,9 @@ class EmergencyFiles:
 
         Returns:
             its path (None: there is no usable one), its content, and a sentence for every file or folder passed over.
+
+        Raises:
+            NeedsTrust: of a file that is whole: whose work it is decides, nobody begins again because of it.
         """
         best: tuple[tuple[int, int], Path, dict[str, Any]] | None = None
         files, passed_over = self._search()
@@ -100,6 +103,8 @@ class EmergencyFiles:
                 break  # sorted by epoch: no older one can win
             try:
                 content = load(path)
+            except NeedsTrust:
+                raise
             except CheckpointUnusable as error:
                 passed_over.append(str(error))
                 continue
@@ -128,14 +133,20 @@ class EmergencyFiles:
         """Not a folder that somebody else has made where this script would look."""
         return place.parent != self._temporary or private.refusal(self._temporary) is None
 
-    def retire(self) -> list[str]:
+    def retire(self, is_ours: Callable[[Path], bool]) -> list[str]:
         """Training has ended by itself: rename what is left to ``*.done``, so that the next run starts afresh.
 
+        Args:
+            is_ours: whether a file is of the run that has ended; what others have saved is left alone.
+
         Returns:
-            a sentence for every file that could not be renamed: the next run would go on from it.
+            a sentence for every file that is left: the next run would go on from it.
         """
         left = []
         for path in self.found():
+            if not is_ours(path):
+                left.append(f"{path} is not of this run, and stays: `resume` would go on from it.")
+                continue
             try:
                 for part in (path.with_name(path.name + ".xxh128"), path):
                     if part.exists():

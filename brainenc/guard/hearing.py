@@ -44,9 +44,9 @@ class Hearing:
         main = signals.in_main_thread()
         self.by_signal = main and bool(WAKE_SIGNAL)
         if self.by_signal:
-            self._undo.append(signals.take(WAKE_SIGNAL, self._on_wake, restart=True))
+            self._undo.append(signals.take(WAKE_SIGNAL, self._on_wake))
         for number in signals.STOP_SIGNALS if main else ():
-            self._undo.append(signals.take(number, self._on_stop, restart=True))
+            self._undo.append(signals.take(number, self._on_stop))
         self._watcher: Watcher | None = Watcher(settings(self.by_signal))
         self._thread: threading.Thread | None = None
         if not self.by_signal:

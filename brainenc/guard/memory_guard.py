@@ -15,7 +15,11 @@ last finished step is saved on the spot, by the signal's handler, which also sto
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import mmap
+import os
+import re
+import secrets
 import signal
 import sys
 import time
@@ -23,15 +27,15 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 from brainenc.errors import MemoryRefused, UsageError
-from brainenc.guard import banner
+from brainenc.guard import banner, signals
 from brainenc.guard import pytorch as files
 from brainenc.guard.emergency import EmergencyFiles, Saved, Start, describe, save_seconds
 from brainenc.guard.hearing import Hearing
 from brainenc.guard.messages import EXIT_STOPPED_SAFELY, Level, Order, OutOfTime
-from brainenc.guard.place_in_run import SETTLING_S, PlaceInRun
+from brainenc.guard.place_in_run import SETTLING_S, Boundary, PlaceInRun
 from brainenc.guard.policy import Escalation, Meter, PolicyConfig, Thresholds, Timing, free_below
 from brainenc.guard.probe import Probe
 from brainenc.guard.updating import UpdatingFlag
@@ -39,6 +43,8 @@ from brainenc.guard.watcher import DRILL_WAITS_S, WatcherSettings
 from brainenc.units import parse_bytes
 
 T = TypeVar("T")
+_UNBRAKED_S = 2.0
+"""So long a save may take without the brake, where it does not fit under it."""
 
 
 class MemoryGuard:
@@ -55,7 +61,8 @@ class MemoryGuard:
         batch_size: take the thresholds from the presets (4, 6, 8) instead.
         on_critical: ``"stop"``: save and exit with code 75. ``"shrink"``: save, call ``on_shrink``, go on; still
             critical one dwell later means stop.
-        on_shrink: makes the script need less (halves its micro-batch).
+        on_shrink: called without arguments; makes the script need less (halves its micro-batch). What it changes is
+            saved if something in ``stateful`` holds it.
         relief: called before an alarm is acted on: drop what can be made again (prefetched batches, caches).
         every, eval_every: batches between two closer looks.
         reserve: memory held from the start and released for saving.
@@ -65,7 +72,13 @@ class MemoryGuard:
         stateful: more objects with ``state_dict`` and ``load_state_dict``, by name.
         policy: hysteresis, dwell and the rest.
         say: where texts go; standard error by default.
+
+    Raises:
+        UsageError: arguments that do not go together.
     """
+
+    _in_use: ClassVar[tuple[int, MemoryGuard] | None] = None
+    """The guard of a process, which has one memory and one set of signal handlers."""
 
     def __init__(
         self, *, model: Any = None, optimizer: Any = None, scheduler: Any = None, scaler: Any = None,
@@ -76,11 +89,19 @@ class MemoryGuard:
         stateful: dict[str, Any] | None = None, policy: PolicyConfig | None = None, brake: bool = True,
         say: Callable[[str], None] = banner.say,
     ) -> None:  # fmt: skip
-        if on_critical not in ("stop", "shrink") or (on_critical == "shrink" and on_shrink is None):
+        if on_critical not in ("stop", "shrink"):
+            raise UsageError(f"on_critical is {on_critical!r}; there are 'stop' and 'shrink'.")
+        if on_critical == "shrink" and on_shrink is None:
             raise UsageError(
-                "on_critical is 'stop' or 'shrink', and 'shrink' needs `on_shrink`, which halves the batch."
+                "on_critical='shrink' needs `on_shrink`: a function without arguments that halves the batch."
             )
-        thresholds = Thresholds(gpu_warn=gpu[0], gpu_critical=gpu[1], ram_warn=ram[0], ram_critical=ram[1])
+        gpu_warn, gpu_critical = _pair("gpu", gpu)
+        ram_warn, ram_critical = _pair("ram", ram)
+        thresholds = Thresholds(
+            gpu_warn=gpu_warn, gpu_critical=gpu_critical, ram_warn=ram_warn, ram_critical=ram_critical
+        )
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch_size={batch_size}; wanted is a number of images, 1 or more.")
         if batch_size is not None:
             thresholds = Thresholds.for_batch_size(batch_size)
         self._config = dataclasses.replace(policy or PolicyConfig(), thresholds=thresholds)
@@ -112,7 +133,12 @@ class MemoryGuard:
         self._told_at = self._warned_at = self._relieved_at = self._spared_at = self._looked_at = float("-inf")
         self._signals = 0
         self._busy = self._overdue = False
-        self._saved: Saved | None = None
+        self._ended: SystemExit | None = None
+        """How it has stopped: whatever else goes wrong after that, the process ends so."""
+        self._run, self._trusted = secrets.token_hex(8), False
+        self._own: set[Path] = set()
+        """Files of this run, as far as is known without reading."""
+        self._copied = 0
 
     # ---- what a script calls
 
@@ -123,18 +149,29 @@ class MemoryGuard:
             trust: also accept files with pickled objects other than tensors and numbers: only your own.
 
         Raises:
+            NeedsTrust: it holds pickled objects, and is not trusted.
             CheckpointUnusable: it is of another model.
         """
+        self._trusted = trust
         path, content, passed_over = self._files.newest(lambda p: files.load(p, trust=trust))
         for sentence in passed_over:
             self._say(f"{self._marks.warning}{sentence} It is left where it is and not used.")
         if path is None:
+            if passed_over:
+                self._say(f"{self._marks.warning}No emergency file can be used: training starts from the beginning.")
             return Start()
         files.restore(content, self._objects, path)
         files.restore_rng(content["rng"])
         self._resumed = {k: content[k] for k in ("step", "rng", "epoch_rng")}
         start = Start(epoch=content["epoch"], step=content["step"], path=str(path))
         self._place.epoch, self._place.step = start.epoch, start.step
+        self._run = str(content.get("run", self._run))
+        self._own.add(path)
+        if (writer := content.get("script", _script())) != _script():
+            self._say(
+                f"{self._marks.warning}{path} was written by {writer}, and this is {_script()}: if it is another "
+                "training, give each a `save_dir` of its own."
+            )
         self._say(f"{self._marks.done}Resumed from {path}: epoch {start.epoch}, after {start.step} of its batches.")
         return start
 
@@ -149,6 +186,8 @@ class MemoryGuard:
         Raises:
             SystemExit: code 75, when it had to stop and has saved; 1 when nothing could be saved.
         """
+        if self._ended is not None:  # raised where Python drops what is raised, as in a `__del__`
+            raise self._ended
         if training:
             if step < self._resumed.get("step", 0):
                 self._tell_of_repetition()
@@ -178,19 +217,25 @@ class MemoryGuard:
         """``enumerate(loader)`` with a check before each batch, without those that were done before a resume."""
         self._place.finish_epoch(if_ended=True)  # in a loop that does not use `epochs`
         resumed, self._resumed = self._resumed, {}
-        done, n = resumed.get("step", 0), 0
+        done = resumed.get("step", 0)
         rng = resumed["rng"] if resumed.get("epoch_rng") else None
-        for step, batch in enumerate(loader):
-            n = step + 1
-            if step < done:
-                continue
+        batches = iter(loader)
+        for step in itertools.count():
             if step == done and rng is not None:
                 files.restore_rng(rng)
+            if step >= done:
+                self._place.before_batch(step, closely=self._attention)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            if step < done:
+                continue
             self.check(step)
             yield step, batch
-        if n <= done and rng is not None:  # it was stopped after the last one
+        if step < done and rng is not None:  # the loader has fewer than it had
             files.restore_rng(rng)
-        self._place.end_batches(n)
+        self._place.end_batches(step)
 
     def reserve(self, n_bytes: int, what: str) -> None:
         """Ask before a large allocation: one big array is made faster than anybody can watch.
@@ -205,7 +250,16 @@ class MemoryGuard:
 
     def drill(self, meter: str, fraction: float, seconds: float = 30.0) -> None:
         """Pretend that a meter (``"ram"``, ``"gpu0"``) reads ``fraction``: a fire drill on a healthy run. Waits until
-        there is a watcher to see it."""
+        there is a watcher to see it. One that lasts longer than a dwell is still critical after a shrink, and stops.
+
+        Raises:
+            UsageError: no such meter, or no fraction.
+        """
+        if not re.fullmatch(r"ram|gpu\d*", meter) or not 0 < fraction <= 1:
+            raise UsageError(f"A drill of {meter!r} at {fraction!r}; wanted is one of 'ram', 'gpu0' at, say, 0.95.")
+        warns = self._config.thresholds.pair(meter)[0]
+        if fraction < warns:
+            self._say(f"{self._marks.warning}A drill at {fraction:.0%} does nothing: warnings begin at {warns:.0%}.")
         if self._hearing is not None:
             self._hearing.wait_for_watcher(DRILL_WAITS_S)
             self._hearing.tell(inject={"meter": meter, "fraction": fraction, "seconds": seconds})
@@ -218,36 +272,70 @@ class MemoryGuard:
     # ---- start and end
 
     def __enter__(self) -> MemoryGuard:
+        if MemoryGuard._in_use is not None and MemoryGuard._in_use[0] == os.getpid():
+            raise UsageError(
+                "There is a MemoryGuard in this process already. One watches all of it: give it the other models and "
+                "optimizers as `stateful={'name': object}`."
+            )
+        MemoryGuard._in_use = (os.getpid(), self)
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _start(self) -> None:
         self._hold_reserve()
         self._save_s = save_seconds(self._files.folder, files.payload_bytes(self._objects))
+        self._copied = files.copied_bytes(self._objects)
         self._place.after_update, self._place.flag = self._at_once, UpdatingFlag()
         self._undo = self._place.hook(self._objects.values())
         self._hearing = Hearing(self._settings, heard=self._hear, act=self._at_once, stop=self._asked_to_stop)
         self._say(banner.resources(self._probe.read(), files.gpu_allocations()))
         self._say(self._banner())
-        return self
+        for sentence in files.doubts(self._objects):
+            self._say(f"{self._marks.warning}{sentence}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            order = self._order
-            if isinstance(error, OutOfTime) and order is not None:
-                self._stop(order)
-            elif files.is_out_of_memory(error):
+        with signals.deaf_to_children():
+            try:
+                self._finish(error)
+            finally:
+                self.close()
+
+    def _finish(self, error: BaseException | None) -> None:
+        """What is to be done at the end, whichever it is."""
+        order = self._order
+        if self._ended is not None:
+            if isinstance(error, Exception):  # a loader's worker that was killed meanwhile, say
                 traceback.print_exception(error)
-                self._stop(Order(kind="stop", reason=f"out of memory: {error}"))
-            elif order is not None and isinstance(error, Exception):
-                traceback.print_exception(error)  # a stop that reached every process: loader workers went first
-                self._stop(order)
-            elif error is None and self._saved is None:
-                for sentence in self._files.retire():
-                    self._say(f"{self._marks.warning}{sentence}")
-        finally:
-            self.close()
+            if not isinstance(error, SystemExit):
+                raise self._ended
+        elif isinstance(error, OutOfTime) and order is not None:
+            self._stop(order)
+        elif files.is_out_of_memory(error):
+            traceback.print_exception(error)
+            self._stop(Order(kind="stop", reason=f"out of memory: {error}"))
+        elif files.is_lost_loader(error):
+            traceback.print_exception(error)
+            self._stop(Order(kind="stop", reason=f"a loader's worker was killed, as when memory ends: {error}"))
+        elif order is not None and isinstance(error, Exception):
+            traceback.print_exception(error)  # a stop that reached every process: loader workers went first
+            self._stop(order)
+        elif error is None:
+            for sentence in self._files.retire(self._is_ours):
+                self._say(f"{self._marks.warning}{sentence}")
+
+    def _is_ours(self, path: Path) -> bool:
+        return path in self._own or files.run_of(path, trust=self._trusted) in ("", self._run)
 
     def close(self) -> None:
         """End the watcher and give back signals, hooks and the reserve."""
+        if MemoryGuard._in_use is not None and MemoryGuard._in_use[1] is self:
+            MemoryGuard._in_use = None
         hearing, self._hearing = self._hearing, None
         if hearing is not None:
             hearing.close()
@@ -369,6 +457,8 @@ class MemoryGuard:
         elif order is not self._asked and self._relieved(order):
             self._drop_alarm()
             self._tell_watcher(self._hearing)
+        elif training and not order.urgent and not self._place.exact:
+            self._attention = True  # the next boundary from which the numbers go on as they were, or when time is up
         elif order.kind == "shrink":
             self._shrink(order)
         else:
@@ -376,7 +466,7 @@ class MemoryGuard:
 
     def _tell_watcher(self, hearing: Hearing) -> None:
         """What it cannot see from outside: GPUs in use, what torch holds there, how long saving takes."""
-        slack, largest = files.gpu_slack(self._objects), files.largest_on_gpu(self._objects)
+        slack, largest = files.gpu_slack(self._objects), files.largest_on_gpu(self._objects) + self._copied
         hearing.tell(timing=self._timing()._asdict(), slack=slack, uuids=list(slack), largest=largest)
 
     def _warn(self) -> None:
@@ -428,7 +518,7 @@ class MemoryGuard:
         saved = self._save()
         self._say(self._block(order, saved, goes_on=True))
         if not saved.path:
-            raise SystemExit(1)
+            self._end(1)
         self._on_shrink()
         files.free_cached()
         self._looked_at = time.monotonic()
@@ -440,41 +530,74 @@ class MemoryGuard:
 
     def _stop(self, order: Order) -> NoReturn:
         self._busy = True
+        with signals.deaf_to_children():
+            self._save_and_end(order)
+
+    def _save_and_end(self, order: Order) -> NoReturn:
         if self._place.updating:  # an error broke the update off: the weights are of no step
             self._say(
                 f"{self._marks.failed}{order.reason}, in the middle of an update: its weights are not worth saving."
             )
-            raise SystemExit(1)
-        saved = self._saved = self._save()
-        self._say(self._block(order, saved))
+            self._end(1)
+        # Before the first batch, also in the middle of a resume, an earlier file holds more than there is to save.
+        kept = [] if self._place.begun else self._files.found()
+        exact = self._place.exact
+        saved = Saved(path=str(kept[0])) if kept else self._save()
+        self._say(self._block(order, saved, kept=bool(kept)))
         files.drop_gradients(self._objects)
         files.free_cached()
         if not saved.path:
-            raise SystemExit(1)  # the model stays as it is: somebody may yet save it by hand
+            self._end(1)  # the model stays as it is: somebody may yet save it by hand
+        if not exact and not kept:
+            self._say(
+                f"{self._marks.warning}There was no time to wait for the end of the batch: it is repeated with other "
+                "random numbers (dropout, augmentation)."
+            )
         for sentence in files.release_gpus(self._objects):
             self._say(sentence)
-        self._say(banner.farewell(saved.path, self._marks))
-        raise SystemExit(EXIT_STOPPED_SAFELY)
+        self._say(banner.farewell(saved.path, self._marks, short=order is not self._asked))
+        self._end(EXIT_STOPPED_SAFELY)
+
+    def _end(self, code: int) -> NoReturn:
+        self._ended = SystemExit(code)
+        raise self._ended
 
     def _save(self) -> Saved:
         self._release_reserve()
-        epoch, step, rng = self._place.finished()
-        content = files.payload(
-            self._objects, epoch=epoch, step=step, rng=rng, epoch_rng=self._place.epoch_rng, reason=self._order_reason()
-        )
-        saved = self._files.save(epoch, lambda path: files.write(content, path))
+        boundary = self._place.finished()
+        try:
+            content = self._content(boundary)
+        except Exception as error:  # of an object's own `state_dict`
+            traceback.print_exception(error)
+            return Saved(failures=(f"the states could not be gathered: {type(error).__name__}: {error}",))
+        saved = self._files.save(boundary.epoch, lambda path: files.write(content, path))
         if saved.path:
             self._save_s = saved.seconds
+            self._own.add(Path(saved.path))
         return saved
+
+    def _content(self, boundary: Boundary) -> dict[str, Any]:
+        """What is saved. Objects that copy their state may need more memory than the brake leaves: then without it."""
+        until = time.monotonic() + _UNBRAKED_S
+        while True:
+            try:
+                return files.payload(
+                    self._objects, **boundary._asdict(), reason=self._order_reason(), run=self._run, script=_script()
+                )
+            except Exception as error:
+                if not files.is_out_of_memory(error) or self._hearing is None or time.monotonic() > until:
+                    raise
+                self._hearing.tell(unbrake=_UNBRAKED_S)
+                time.sleep(0.02)
 
     def _order_reason(self) -> str:
         return self._order.reason if self._order is not None else ""
 
-    def _block(self, order: Order, saved: Saved, *, goes_on: bool = False) -> str:
+    def _block(self, order: Order, saved: Saved, *, goes_on: bool = False, kept: bool = False) -> str:
         return banner.emergency(
             reason=order.reason, epoch=self._place.epoch, step=self._place.step, saved=saved.path,
             seconds=saved.seconds, n_bytes=saved.n_bytes, failures=saved.failures, marks=self._marks,
-            goes_on=goes_on,
+            goes_on=goes_on, kept=kept,
         )  # fmt: skip
 
     def _hold_reserve(self) -> None:
@@ -488,6 +611,24 @@ class MemoryGuard:
         ballast, self._ballast = self._ballast, None
         if ballast is not None:
             ballast.close()
+
+
+def _pair(name: str, given: Any) -> tuple[float, float]:
+    """Two fractions, as they should be given."""
+    try:
+        warn, critical = (float(fraction) for fraction in given)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"{name}={given!r}; wanted are two fractions, of a warning and of an alarm: (0.85, 0.88)."
+        ) from None
+    if max(warn, critical) > 1:
+        raise UsageError(f"{name}={given!r}; wanted are fractions, not percent: ({warn / 100:g}, {critical / 100:g}).")
+    return warn, critical
+
+
+def _script() -> str:
+    """The name of what runs, to tell trainings apart that share a folder."""
+    return Path(sys.argv[0]).name if sys.argv else ""
 
 
 def _is_ram(alarm: Order) -> bool:

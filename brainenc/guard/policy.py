@@ -43,7 +43,8 @@ class Thresholds:
 
     @classmethod
     def for_batch_size(cls, batch_size: int) -> Thresholds:
-        """The stricter, the larger the batch, whose activations come and go in one step: presets for 4, 6 and 8."""
+        """The stricter, the larger the batch, whose activations come and go in one step: presets for 4, 6 and 8; others
+        take that of the next smaller one, and those below 4 that of 4."""
         known = max((size for size in _PRESETS if size <= batch_size), default=4)
         gpu_warn, gpu_critical, ram_warn, ram_critical = _PRESETS[known]
         return cls(gpu_warn=gpu_warn, gpu_critical=gpu_critical, ram_warn=ram_warn, ram_critical=ram_critical)

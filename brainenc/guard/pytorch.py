@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import io
 import os
 import random
+import re
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +24,7 @@ from typing import Any, cast
 import xxhash
 
 from brainenc import atomic
-from brainenc.errors import CheckpointUnusable, NoSpace
+from brainenc.errors import CheckpointUnusable, NeedsTrust, NoSpace
 from brainenc.guard.nvml import Nvml
 from brainenc.guard.probe import space
 from brainenc.guard.release import release
@@ -29,6 +32,10 @@ from brainenc.units import format_bytes
 
 FORMAT = 1
 _CHUNK = 1 << 20
+_ARRAY = "__numpy__"
+"""Marks a NumPy array, kept as the bytes of a tensor: pickled, it would need trust."""
+_ALONE_S = 2.0
+"""So long at most for another process that puts a file into the same folder."""
 
 
 def payload(
@@ -53,6 +60,48 @@ def payload_bytes(objects: Mapping[str, Any]) -> int:
     if "optimizer" in sizes and sizes["optimizer"] == 0:
         sizes["optimizer"] = 2 * sizes.get("model", 0)
     return sum(sizes.values())
+
+
+def copied_bytes(objects: Mapping[str, Any]) -> int:
+    """Memory that gathering the states takes: most hand out the tensors that they have, but an average may copy them.
+    Asks twice and compares."""
+    try:
+        first = [t for thing in objects.values() for t in _tensors(thing.state_dict())]
+        again = {t.untyped_storage().data_ptr() for thing in objects.values() for t in _tensors(thing.state_dict())}
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return payload_bytes(objects)
+    return _tensor_bytes([t for t in first if t.untyped_storage().data_ptr() not in again])
+
+
+def doubts(objects: Mapping[str, Any]) -> list[str]:
+    """A sentence for every object whose state could not be saved, or not be read back without ``trust``. Tries it."""
+    import pickle
+
+    import torch
+
+    found = []
+    for name, thing in objects.items():
+        file = io.BytesIO()
+        try:
+            torch.save(_without_data(_plain(thing.state_dict())), file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except pickle.UnpicklingError as error:
+            what = re.search(r"GLOBAL (\S+)", str(error))
+            found.append(
+                f"The state of {name!r} holds {what[1] if what else 'objects'}, which is neither tensor, array nor "
+                "number: it is saved, but `guard.resume()` will need `trust=True`."
+            )
+        except Exception as error:
+            found.append(f"The state of {name!r} cannot be saved: {type(error).__name__}: {error}.")
+        if isinstance(thing, torch.optim.LBFGS):
+            found.append(
+                "LBFGS computes inside its update: memory that ends there leaves weights of no step, which are not "
+                "saved. Save them yourself from time to time."
+            )
+    return found
 
 
 def write(content: Mapping[str, Any], final: Path) -> int:
@@ -83,10 +132,11 @@ def write(content: Mapping[str, Any], final: Path) -> int:
         if found != stream.digest():
             raise CheckpointUnusable(f"{partial} reads back other bytes than were written; the disk cannot be trusted.")
         # The old sum goes first, the new one comes last: a file without a sum is checked by its own CRCs instead.
-        sum_path(final).unlink(missing_ok=True)
-        os.replace(partial, final)
-        atomic.fsync_dir(final.parent)
-        atomic.replace(sum_path(final), f"{found}  {final.name}\n".encode())
+        with _alone(final.parent):  # else the sum of one process could come to the file of another
+            sum_path(final).unlink(missing_ok=True)
+            os.replace(partial, final)
+            atomic.fsync_dir(final.parent)
+            atomic.replace(sum_path(final), f"{found}  {final.name}\n".encode())
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -121,7 +171,8 @@ def load(path: Path, *, trust: bool = False) -> dict[str, Any]:
         trust: also run code that is pickled inside: only for files of one's own.
 
     Raises:
-        CheckpointUnusable: torn, of another format, or it needs ``trust``.
+        NeedsTrust: it is whole, but needs ``trust``.
+        CheckpointUnusable: torn, or of another format.
     """
     import pickle
 
@@ -131,14 +182,29 @@ def load(path: Path, *, trust: bool = False) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        raise CheckpointUnusable(
+        raise NeedsTrust(
             f"{path} holds objects that are no plain tensors and numbers ({str(error).splitlines()[0]}). "
-            "If you wrote it yourself, resume with `trust=True`."
+            "If you wrote it yourself, resume with `guard.resume(trust=True)`; to start afresh, move it away."
         ) from error
+    except Exception as error:  # bits that no sum covers: torch finds many words for them
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointUnusable(f"{path} is damaged: {type(error).__name__}: {error}.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointUnusable(f"{path} has format {found!r}; this brainenc reads format {FORMAT}.")
     return content
+
+
+def run_of(path: Path, *, trust: bool = False) -> str | None:
+    """Which run has written a file; empty where it does not say. None: it cannot be read. Reads no tensor."""
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=not trust, mmap=True)
+        return str(content.get("run", ""))
+    except Exception:  # damaged, or in need of trust that it does not have: nobody has gone on from it
+        return None
 
 
 def sum_path(path: Path) -> Path:
@@ -155,7 +221,7 @@ def restore(content: Mapping[str, Any], objects: Mapping[str, Any], where: Path)
     for name, thing in objects.items():
         if thing is None:
             continue
-        state = content.get(f"{name}_state_dict")
+        state = _arrays_again(content.get(f"{name}_state_dict"))
         if state is None:
             raise CheckpointUnusable(f"{where} has no state of {name!r}. It has: {', '.join(content)}.")
         try:
@@ -322,8 +388,35 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError):
         return True
+    if isinstance(error, OSError):  # of a fork or a map
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def is_lost_loader(error: BaseException | None) -> bool:
+    """A loader's worker was killed, as the kernel does when memory ends: what is trained is whole. In the middle of
+    handing something over, that breaks a connection and nothing else."""
+    if isinstance(error, ConnectionError | EOFError | FileNotFoundError):
+        error = _failed_loader() or error
     text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    lost = ") is killed by signal: Killed" in text or ") exited unexpectedly" in text
+    return isinstance(error, RuntimeError) and "DataLoader worker" in text and lost
+
+
+def _failed_loader() -> RuntimeError | None:
+    """What torch says of a loader's worker that has died; its end is seen a moment later than that of its files."""
+    import torch
+
+    for _ in range(30):
+        try:
+            torch._C._error_if_any_worker_fails()
+        except RuntimeError as why:
+            return why
+        time.sleep(0.01)
+    return None
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "annot allocate memory", "out of memory", "can't start new thread")
 
 
 def _cuda_in_use() -> bool:
@@ -417,4 +510,69 @@ def _plain(value: Any) -> Any:
         return type(value)(_plain(item) for item in value) if type(value) in (list, tuple) else value
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         return value.item()
+    if type(value).__module__ == "numpy" and getattr(getattr(value, "dtype", None), "kind", "O") in "biufcmMSU":
+        return _array(value)
     return value
+
+
+def _array(value: Any) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    kept = torch.from_numpy(data if data.flags.writeable else data.copy())
+    return {_ARRAY: kept, "dtype": value.dtype.str, "shape": list(value.shape)}
+
+
+def _arrays_again(value: Any) -> Any:
+    """Of what :func:`_plain` has made: arrays where they were."""
+    if isinstance(value, dict) and _ARRAY in value:
+        import numpy as np
+
+        return np.frombuffer(value[_ARRAY].numpy().tobytes(), np.dtype(value["dtype"])).reshape(value["shape"]).copy()
+    if isinstance(value, dict):
+        for key in value:  # in place: a module's is a dict of its own kind, with versions as an attribute
+            value[key] = _arrays_again(value[key])
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(_arrays_again(item) for item in value)
+    return value
+
+
+def _without_data(value: Any) -> Any:
+    """The same with empty tensors."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return torch.empty(0, dtype=value.dtype)
+    if isinstance(value, dict):
+        return {key: _without_data(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_without_data(item) for item in value)
+    return value
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other guard publishes a file in this folder meanwhile, where folders can be locked."""
+    try:
+        import fcntl
+
+        fd = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows
+        yield
+        return
+    try:
+        until = time.monotonic() + _ALONE_S
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.005)
+                continue
+            except OSError:  # a mount that knows no locks
+                pass
+            break
+        yield
+    finally:
+        os.close(fd)

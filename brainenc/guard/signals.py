@@ -22,18 +22,13 @@ def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def take(number: int, handler: Handler, *, restart: bool = False) -> Callable[[], None]:
+def take(number: int, handler: Handler) -> Callable[[], None]:
     """Install a handler; returns what puts the earlier one back. Main thread.
 
-    Args:
-        number: of the signal.
-        handler: for it.
-        restart: system calls that it interrupts go on, for libraries that know no EINTR; a wait for a lock then ends
-            no sooner for it.
+    System calls that it interrupts are not restarted by the system, as with any handler of Python's: a wait for a lock
+    (``queue.get()``, ``join()``) would else never let the handler run.
     """
     before = signal.signal(number, handler)
-    if restart and hasattr(signal, "siginterrupt"):
-        signal.siginterrupt(number, False)
 
     def undo() -> None:  # None: installed from C, by something that Python cannot give back
         signal.signal(number, signal.SIG_DFL if before is None else before)
@@ -45,6 +40,19 @@ def take(number: int, handler: Handler, *, restart: bool = False) -> Callable[[]
 def handling(handler: Handler, *numbers: int) -> Iterator[None]:
     """Handle signals (SIGTERM and SIGINT unless others are named) while inside, where this is the main thread."""
     undo = [take(number, handler) for number in numbers or STOP_SIGNALS] if in_main_thread() else []
+    try:
+        yield
+    finally:
+        for put_back in undo:
+            put_back()
+
+
+@contextmanager
+def deaf_to_children() -> Iterator[None]:
+    """While inside, nothing is raised because a child has died: torch's handler does for a loader's worker, wherever
+    the main thread is, also in the middle of a save."""
+    numbers = [signal.SIGCHLD] if hasattr(signal, "SIGCHLD") and in_main_thread() else []
+    undo = [take(number, lambda *_: None) for number in numbers]
     try:
         yield
     finally:

@@ -34,10 +34,12 @@ STARTING_S = 60.0
 DRILL_WAITS_S = 20.0
 """A drill waits so long for a watcher that is still starting: a short run would be over before anybody has seen it."""
 _AGAIN_S = 1.0
+_PASSES = {"wake_after", "inject", "unbrake"}
+"""What is said of the next moments only."""
 
 _PROGRAM = """
 import json, sys
-sys.path.insert(0, sys.argv[2])
+sys.path.append(sys.argv[2])
 from brainenc.guard.watcher_process import main
 main(json.loads(sys.argv[1]))
 """
@@ -117,9 +119,10 @@ class Watcher:
         return list(messages)
 
     def tell(self, **message: Any) -> None:
-        """Say something: ``timing``, ``slack``, ``uuids``, ``inject``, ``wake_after``. A watcher that is dead, or hangs
-        and has its pipe full, does not hear; nobody waits for it. One that is started in its place does."""
-        self._told |= {key: value for key, value in message.items() if key not in ("wake_after", "inject")}
+        """Say something: ``timing``, ``slack``, ``uuids``, ``inject``, ``wake_after``, ``unbrake``. A watcher that is
+        dead, or hangs and has its pipe full, does not hear; nobody waits for it. One that is started in its place does.
+        """
+        self._told |= {key: value for key, value in message.items() if key not in _PASSES}
         if "inject" in message:
             drill = message["inject"]
             self._drills[drill["meter"]] = (drill["fraction"], time.monotonic() + drill["seconds"])
@@ -143,8 +146,8 @@ class Watcher:
         self._end(patience_s=0.0)
         self.restarts += 1
         log.warning(
-            "The memory watcher %s and is started again, for the %d. time.",
-            f"died (exit code {code})" if code is not None else "was not heard any more", self.restarts,
+            "The memory watcher %s and is started again (start %d).",
+            f"died (exit code {code})" if code is not None else "was not heard any more", self.restarts + 1,
         )  # fmt: skip
         self._rest = b""
         self._process = self._start()
@@ -180,9 +183,10 @@ class Watcher:
             "brake": self._settings.brake,
             "uuids": None if self._settings.uuids is None else list(self._settings.uuids), "flag": flag,
         }  # fmt: skip
-        # -S -s -E: no site-packages, whose start-up files cost more time and memory than everything else here.
-        # Elsewhere than on Linux psutil is needed, which lies there.
-        flags = ["-S", "-s", "-E"] if sys.platform == "linux" else []
+        # -P: the script's folder may hold a `signal.py` of the user's own. -S -s -E: no site-packages, whose start-up
+        # files cost more time and memory than everything else here; elsewhere than on Linux psutil is needed, which
+        # lies there.
+        flags = ["-P", "-S", "-s", "-E"] if sys.platform == "linux" else ["-P"]
         process = subprocess.Popen(
             [sys.executable, *flags, "-c", _PROGRAM, json.dumps(settings), _ROOT],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,

@@ -75,12 +75,13 @@ class Lookout:
         self._gpus: list[Meter] = []
         self._sent: tuple[Level, bool, bool] = ("ok", False, False)
         self._wake_at = float("inf")
-        self._judge_at = float("-inf")
+        self._judge_at = self._unbraked_until = float("-inf")
         self._levels: list[MemoryUse] = []
         self._bands: list[tuple[int, int]] = []
 
     def hear(self, message: dict[str, Any], now: float) -> None:
-        """Take one message of the worker: ``timing``, ``slack``, ``uuids``, ``inject`` (a drill), ``wake_after``."""
+        """Take one message of the worker: ``timing``, ``slack``, ``uuids``, ``inject`` (a drill), ``wake_after``,
+        ``unbrake`` (it needs memory to save, and takes so many seconds at most)."""
         self._judge_at = float("-inf")
         if "timing" in message:
             self.timing = Timing(**message["timing"])
@@ -97,6 +98,9 @@ class Lookout:
             self._injected[drill["meter"]] = (float(drill["fraction"]), now + float(drill["seconds"]))
         if "wake_after" in message:
             self._wake_at = now + float(message["wake_after"])
+        if "unbrake" in message and self._brake is not None:
+            self._brake.release()
+            self._unbraked_until = now + float(message["unbrake"])
 
     def look(self, now: float) -> float:
         """Look once, tell the worker what it must know, and say how long to sleep."""
@@ -112,7 +116,11 @@ class Lookout:
         ram = Meter("ram", decision.used, decision.limit)
         if decision.meter in self._injected:  # a drill jumps, which is no growth: it goes by the boundary, as drills do
             decision = replace(decision, urgent=False, rate=0.0, seconds_left=float("inf"))
-        elif self._brake is not None and self._brake.adjust(decision, ram, now, updating=self._updating()):
+        elif (
+            self._brake is not None
+            and now >= self._unbraked_until
+            and self._brake.adjust(decision, ram, now, updating=self._updating())
+        ):
             decision = replace(decision, urgent=True)  # it cannot go on as it is: whoever allocates next fails
         self._tell(decision, now)
         if now >= self._wake_at:

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from brainenc.errors import CheckpointUnusable
+from brainenc.errors import CheckpointUnusable, NeedsTrust
 from brainenc.guard.emergency import EXPECTED_AT_MOST_S, EmergencyFiles, disk_speed, save_seconds
 
 
@@ -105,13 +105,34 @@ def test_a_finished_training_retires_its_files(files, tmp_path):
     files.save(3, put)
     (tmp_path / "run/emergency_epoch3.pth.xxh128").write_text("sum")
 
-    files.retire()
+    assert files.retire(lambda path: True) == []
 
     assert files.found() == []
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "emergency_epoch3.pth.done",
         "emergency_epoch3.pth.xxh128.done",
     ]
+
+
+def test_what_another_run_has_saved_is_left_and_named(files, tmp_path):
+    files.save(3, put)
+    files.save(4, put)
+
+    (sentence,) = files.retire(lambda path: path.name == "emergency_epoch3.pth")
+
+    assert [path.name for path in files.found()] == ["emergency_epoch4.pth"]
+    assert "emergency_epoch4.pth is not of this run" in sentence
+
+
+def test_a_whole_file_that_needs_trust_is_not_passed_over(files):
+    """Else the training would begin again, and its work be set aside at the end."""
+    files.save(3, put)
+
+    def load(path):
+        raise NeedsTrust(f"{path} holds objects")
+
+    with pytest.raises(NeedsTrust):
+        files.newest(load)
 
 
 def test_two_scripts_do_not_find_each_others_files(tmp_path):
@@ -189,7 +210,7 @@ def test_a_folder_that_cannot_be_looked_into_is_named_and_passed_over(files, tmp
     path, _, passed_over = files.newest(contents({str(tmp_path / "run/emergency_epoch1.pth"): (1, 9)}))
     assert path == tmp_path / "run/emergency_epoch1.pth"
     assert passed_over == [f"{tmp_path / 'second'} cannot be looked into: Permission denied."]
-    assert files.retire() == []
+    assert files.retire(lambda path: True) == []
 
 
 def test_a_file_that_cannot_be_set_aside_is_named(files, tmp_path, monkeypatch):
@@ -201,5 +222,5 @@ def test_a_file_that_cannot_be_set_aside_is_named(files, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(tmp_path), "replace", refuse)
 
-    (sentence,) = files.retire()
+    (sentence,) = files.retire(lambda path: True)
     assert "Read-only file system" in sentence

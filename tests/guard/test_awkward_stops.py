@@ -1,0 +1,400 @@
+"""``MemoryGuard`` stopped at moments that nobody has chosen: what was trained is saved, and not replaced by less."""
+
+import contextlib
+import os
+import queue
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from brainenc.errors import NeedsTrust, UsageError
+from brainenc.guard import MemoryGuard, banner
+from brainenc.guard import pytorch as files
+from brainenc.guard.testing import wait_until
+from brainenc.guard.watcher import Watcher, WatcherSettings
+from tests.guard.test_memory_guard import Script, home, stopped  # noqa: F401
+
+
+def ask_twice():
+    """At once, wherever it is."""
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def exit_code(guard, train):
+    with pytest.raises(SystemExit) as stop, guard:
+        train()
+    return stop.value.code
+
+
+def saved_step(folder, epoch=2):
+    return files.load(folder / f"emergency_epoch{epoch}.pth")["step"]
+
+
+def test_a_wait_for_a_lock_ends_for_a_stop(home):  # noqa: F811
+    """As for a prefetching thread that has died."""
+    script, waited = Script(home), []
+    threading.Timer(0.2, ask_twice).start()
+    late = queue.Queue()
+    end = threading.Timer(10, late.put, [None])
+    end.daemon = True
+    end.start()
+
+    def train():
+        script.guard.check(0, epoch=2)
+        waited.append(late.get())
+
+    code = exit_code(script.guard, train)
+    end.cancel()
+
+    assert code == 75
+    assert not waited
+    assert saved_step(home) == 0
+
+
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_a_stop_before_the_first_batch_keeps_what_was_saved_earlier(home, monkeypatch, moment):  # noqa: F811
+    """A job that is taken away twice, the second time while it is still loading."""
+    assert stopped(Script(home), at=50, do=ask_twice) == 75
+    before = saved_step(home)
+    again, load = Script(home), files.load
+
+    def interrupted(path, *, trust):
+        content = load(path, trust=trust)
+        ask_twice()
+        return content
+
+    def train():
+        if moment == "before":
+            ask_twice()
+        monkeypatch.setattr(files, "load", interrupted)
+        again.guard.resume()
+
+    code = exit_code(again.guard, train)
+    monkeypatch.undo()
+
+    assert code == 75
+    assert saved_step(home) == before > 0
+    assert "Nothing was trained since the start" in again.text
+
+
+class Scores:
+    """As scripts keep them: arrays beside the model."""
+
+    def __init__(self, **values):
+        self.values = values
+
+    def state_dict(self):
+        return dict(self.values)
+
+    def load_state_dict(self, state):
+        self.values = state
+
+
+ARRAYS = {
+    "vertices": np.linspace(0, 1, 7), "fortran": np.asfortranarray(np.arange(6, dtype=np.int16).reshape(2, 3)),
+    "none": np.zeros((0, 3), np.float32), "mask": np.array([True, False]), "names": np.array(["V1", "hV4"]),
+    "days": np.array(["2026-01-01"], "M8[D]"),
+    "every other": np.arange(10)[::2],
+}  # fmt: skip
+
+
+def test_arrays_come_back_as_they_were(home):  # noqa: F811
+    first = Script(home, stateful={"scores": Scores(**ARRAYS, nested=[{"r": ARRAYS["vertices"]}])})
+    assert stopped(first, at=3, do=ask_twice) == 75
+    assert "trust" not in first.text
+
+    scores = Scores()
+    with Script(home, stateful={"scores": scores}).guard as guard:
+        assert guard.resume().path
+
+    for name, array in ARRAYS.items():
+        found = scores.values[name]
+        assert (found.dtype, found.shape) == (array.dtype, array.shape)
+        assert found.tobytes() == array.tobytes()
+        found.flags["WRITEABLE"] or pytest.fail("it is not the script's own")
+    np.testing.assert_array_equal(scores.values["nested"][0]["r"], ARRAYS["vertices"])
+
+
+def test_a_state_that_needs_trust_is_told_at_the_start_and_never_begun_again(home, tmp_path):  # noqa: F811
+    first = Script(home, stateful={"mine": Scores(best=tmp_path)})
+    assert stopped(first, at=3, do=ask_twice) == 75
+    assert "The state of 'mine' holds pathlib.PosixPath" in first.text
+
+    again = Script(home, stateful={"mine": Scores()})
+    with pytest.raises(NeedsTrust, match="trust=True"), again.guard:
+        again.guard.resume()
+    with Script(home, stateful={"mine": Scores()}).guard as guard:
+        assert guard.resume(trust=True).step > 0
+    assert not list(home.glob("*.pth")), "it has ended: set aside"
+
+
+def test_a_run_sets_aside_its_own_files_alone(home):  # noqa: F811
+    assert stopped(Script(home), at=5, do=ask_twice) == 75
+
+    other = Script(home)
+    with other.guard:
+        other.run(3)
+    assert (home / "emergency_epoch2.pth").exists()
+    assert "is not of this run, and stays" in other.text
+
+    again = Script(home)
+    with again.guard:
+        assert again.guard.resume().path
+    assert not (home / "emergency_epoch2.pth").exists()
+
+
+def test_a_file_of_another_script_is_used_and_told(home, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("sys.argv", ["/lab/sweep_a.py"])
+    assert stopped(Script(home), at=5, do=ask_twice) == 75
+    monkeypatch.setattr("sys.argv", ["/lab/sweep_b.py"])
+    again = Script(home)
+    with again.guard:
+        again.guard.resume()
+
+    assert "was written by sweep_a.py, and this is sweep_b.py" in again.text
+
+
+def test_nothing_usable_is_told_as_a_new_beginning(home):  # noqa: F811
+    home.mkdir()
+    (home / "emergency_epoch2.pth").write_bytes(b"torn")
+    script = Script(home)
+    with script.guard:
+        assert script.guard.resume().path == ""
+
+    assert "training starts from the beginning" in script.text
+    assert (home / "emergency_epoch2.pth").exists()
+
+
+class Copies:
+    """An average whose state is a copy, for which memory may be short."""
+
+    def __init__(self, failures):
+        self.failures, self.short = failures, False
+
+    def state_dict(self):
+        if self.short and self.failures:
+            self.failures -= 1
+            raise MemoryError("under the brake")
+        return {"weight": torch.ones(3)}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize(("failures", "code"), [(3, 75), (10_000, 1)])
+def test_a_state_that_cannot_be_gathered_under_the_brake_is_gathered_without(home, monkeypatch, failures, code):  # noqa: F811
+    monkeypatch.setattr("brainenc.guard.memory_guard._UNBRAKED_S", 0.3)
+    told, tell = [], Watcher.tell
+    monkeypatch.setattr(Watcher, "tell", lambda self, **message: (told.append(message), tell(self, **message)))
+    average = Copies(failures)
+    script = Script(home, stateful={"average": average})
+
+    def stop():
+        average.short = True
+        ask_twice()
+
+    assert stopped(script, at=3, do=stop) == code
+
+    assert {"unbrake": 0.3} in told
+    assert ("NOTHING WAS SAVED" in script.text) == (code == 1)
+    assert ("could not save: the states could not be gathered: MemoryError: under the brake" in script.text) == (
+        code == 1
+    )
+
+
+def test_what_copies_its_state_is_known_before_memory_is_short():
+    model = torch.nn.Linear(10, 10)
+
+    assert files.copied_bytes({"model": model, "average": Copies(0)}) == 3 * 4
+
+
+class FailsOnce(torch.optim.SGD):
+    """Memory ends in the middle of one update."""
+
+    fails = False
+
+    def step(self, closure=None):
+        if self.fails:
+            self.fails = False
+            self.param_groups[0]["params"][0].data += 1  # half of it is done
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return super().step(closure)
+
+
+def test_after_an_update_that_was_broken_off_the_next_whole_one_is_waited_for(home):  # noqa: F811
+    """The script skips the batch, as many do: what it has at that moment is of no step."""
+    model = torch.nn.Linear(2, 2)
+    opt = FailsOnce(model.parameters(), lr=0.1)
+    passed = []
+    guard = MemoryGuard(model=model, optimizer=opt, save_dir=home, say=lambda _: None, reserve=0)
+
+    def train():
+        for step in range(20):
+            guard.check(step, epoch=2)
+            passed.append(step)
+            opt.fails = step == 5
+            model(torch.ones(1, 2)).sum().backward()
+            with contextlib.suppress(RuntimeError):
+                opt.step()
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    code = exit_code(guard, train)
+
+    assert code == 75
+    assert passed[-1] == 6
+    assert saved_step(home) == 7
+
+
+def test_what_cannot_be_printed_stops_nobody(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        banner.say("text")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_the_watcher_does_not_import_what_lies_in_the_working_folder(tmp_path, monkeypatch):
+    for name in ("signal", "select", "json", "brainenc"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w'); raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    watcher = Watcher(WatcherSettings())
+    try:
+        wait_until(lambda: watcher.read() and watcher.spoken)
+        assert watcher.alive
+    finally:
+        watcher.close()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_second_guard_in_a_process_is_refused(home):  # noqa: F811
+    with Script(home).guard, pytest.raises(UsageError, match="stateful"), Script(home).guard:
+        pass
+    with Script(home).guard:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_that_python_drops_is_said_again(home):  # noqa: F811
+    """Of what a ``__del__`` raises nobody hears."""
+
+    class Ends:
+        def __del__(self):
+            ask_twice()
+
+    script, steps = Script(home), []
+
+    def train():
+        for step in range(20):
+            script.guard.check(step, epoch=2)
+            steps.append(step)
+            script.step()
+            if step == 5:
+                Ends()
+
+    code = exit_code(script.guard, train)
+
+    assert code == 75
+    assert (steps[-1], saved_step(home)) == (5, 6)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_that_python_drops_at_the_end_is_no_success(home):  # noqa: F811
+    class Ends:
+        def __del__(self):
+            ask_twice()
+
+    script = Script(home)
+
+    def train():
+        script.run(3)
+        Ends()
+
+    code = exit_code(script.guard, train)
+
+    assert code == 75
+    assert (home / "emergency_epoch2.pth").exists()
+
+
+def test_what_goes_wrong_after_the_save_does_not_change_the_exit_code(home, capsys):  # noqa: F811
+    script = Script(home)
+
+    def train():
+        try:
+            script.run(200, at=3, do=ask_twice)
+        finally:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    code = exit_code(script.guard, train)
+
+    assert code == 75
+    assert "pid 7" in capsys.readouterr().err
+
+
+class Forever(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.ones(2, 4)
+
+
+def test_a_loaders_worker_that_was_killed_is_no_reason_to_lose_the_training(home):  # noqa: F811
+    (home.parent / "tmp").mkdir()  # for its sockets
+    script = Script(home)
+    loader = torch.utils.data.DataLoader(Forever(), batch_size=None, num_workers=1, multiprocessing_context="fork")
+
+    def train():
+        batches = iter(loader)
+        for step in range(10_000):
+            script.guard.check(step, epoch=2)
+            next(batches)
+            script.step()
+            if step == 5:
+                os.kill(batches._workers[0].pid, signal.SIGKILL)
+            time.sleep(0.002)
+
+    code = exit_code(script.guard, train)
+
+    assert code == 75
+    assert saved_step(home) > 5
+    assert "a loader's worker was killed" in script.text
+
+
+@pytest.mark.parametrize(
+    ("meter", "fraction"), [("rma", 0.95), ("oom", 0.95), ("ram", 95), ("ram", 0), ("gpu0x", 0.95)]
+)
+def test_a_drill_that_cannot_be_is_refused(home, meter, fraction):  # noqa: F811
+    with Script(home).guard as guard, pytest.raises(UsageError, match=r"0\.95"):
+        guard.drill(meter, fraction)
+
+
+def test_a_drill_that_does_nothing_says_so(home):  # noqa: F811
+    script = Script(home)
+    with script.guard as guard:
+        guard.drill("ram", 0.5)
+
+    assert "does nothing: warnings begin at 85%" in script.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"ram": 0.9}, "two fractions"), ({"ram": ("85%", "88%")}, "two fractions"), ({"gpu": (90, 92)}, "0.9, 0.92"),
+     ({"on_critical": "shirnk"}, "'shirnk'"), ({"on_critical": "shrink"}, "on_shrink"), ({"batch_size": 0}, "0")],
+)  # fmt: skip
+def test_arguments_that_do_not_go_together_are_named(arguments, words):
+    with pytest.raises(UsageError, match=words):
+        MemoryGuard(**arguments)
+
+
+def test_an_optimizer_that_computes_in_its_update_is_named(home):  # noqa: F811
+    model, said = torch.nn.Linear(2, 2), []
+    opt = torch.optim.LBFGS(model.parameters())
+    with MemoryGuard(model=model, optimizer=opt, save_dir=home, say=said.append):
+        pass
+
+    assert "LBFGS computes inside its update" in said[-1]
