@@ -14,7 +14,7 @@ SETTLING_S = 0.02
 _LONG_S = 0.05
 """Steps that take longer have their random states kept every time: 0.05 ms, which is a thousandth of them."""
 _MOST_BATCHES = 64
-"""So many batches an update may take before the first one was seen."""
+"""So many batches an update may take."""
 
 
 class Boundary(NamedTuple):
@@ -48,9 +48,10 @@ class PlaceInRun:
         self.begun = False
         """A batch of training has begun."""
         self._stepped = False
-        self._since, self._takes = 0, 0
-        """Batches that have begun since the last update, and how many one takes."""
-        self._counted = False
+        self._since = self._takes = 0
+        """Batches that have begun since the last update, and how many one has taken at most."""
+        self._updates = 0
+        self._counted = self._hooked = False
         self._mark: Boundary | None = None
         self._rng: dict[str, Any] | None = None
         self.epoch_rng: dict[str, Any] | None = None
@@ -86,19 +87,22 @@ class PlaceInRun:
     def end_batches(self, n: int) -> None:
         """All ``n`` batches of the epoch are finished. The epoch is not: evaluation and a scheduler's step may follow,
         which a script that is stopped in them does again, with the random numbers of this moment."""
-        self.step, self._stepped, self._ended, self._since, self._mark = n, False, True, 0, None
+        self.step, self._stepped, self._ended = n, False, True
+        self._mark = self._mark if self._gathers else None  # the next epoch goes on gathering
         self.remember_rng()
 
     def finish_epoch(self, *, if_ended: bool = False) -> None:
         """The next batch is the first of the next epoch."""
         if self._ended or not if_ended:
             self.epoch, self.step, self._stepped, self._rng, self.epoch_rng = self.epoch + 1, 0, False, None, None
-            self._ended, self._mark = False, None
+            self._ended, self._mark = False, self._mark if self._gathers else None
 
     @property
     def _gathers(self) -> bool:
         """Gradients of earlier batches wait for an update that takes several."""
-        return 0 < self._since < self._takes
+        # Twice as many as it took: those that an epoch leaves over may wait for the next one.
+        most = min(2 * self._takes, _MOST_BATCHES) if self._updates else _MOST_BATCHES * self._hooked
+        return 0 < self._since < most
 
     @property
     def updating(self) -> bool:
@@ -134,7 +138,7 @@ class PlaceInRun:
             if hasattr(thing, "register_step_pre_hook"):
                 undo.append(thing.register_step_pre_hook(self._before).remove)
                 undo.append(thing.register_step_post_hook(self._after).remove)
-        self._takes = _MOST_BATCHES if undo else 0
+        self._hooked = bool(undo)
         return undo
 
     def _before(self, *_: Any) -> None:
@@ -142,6 +146,7 @@ class PlaceInRun:
 
     def _after(self, *_: Any) -> None:
         self._updated_at = time.monotonic()
-        self._takes, self._since = self._since or self._takes, 0  # of two optimizers, the second takes none
+        self._takes, self._since = min(max(self._since, self._takes), _MOST_BATCHES), 0
+        self._updates += 1
         self.flag.up, self._stepped = False, True
         self.after_update()
