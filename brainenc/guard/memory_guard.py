@@ -563,32 +563,45 @@ class MemoryGuard:
         raise self._ended
 
     def _save(self) -> Saved:
+        """Save the last finished step. Objects that copy their state may need more memory than the brake leaves: then
+        without it."""
         self._release_reserve()
         boundary = self._place.finished()
-        try:
-            content = self._content(boundary)
-        except Exception as error:  # of an object's own `state_dict`
-            traceback.print_exception(error)
-            return Saved(failures=(f"the states could not be gathered: {type(error).__name__}: {error}",))
-        saved = self._files.save(boundary.epoch, lambda path: files.write(content, path))
-        if saved.path:
-            self._save_s = saved.seconds
-            self._own.add(Path(saved.path))
-        return saved
-
-    def _content(self, boundary: Boundary) -> dict[str, Any]:
-        """What is saved. Objects that copy their state may need more memory than the brake leaves: then without it."""
-        until = time.monotonic() + _UNBRAKED_S
+        until: float | None = None
         while True:
+            saved, short = self._try_to_save(boundary)
+            if saved.path:
+                self._save_s = saved.seconds
+                self._own.add(Path(saved.path))
+            if saved.path or not short or self._hearing is None or (until is not None and time.monotonic() > until):
+                return saved
+            until = until or time.monotonic() + _UNBRAKED_S
+            self._hearing.tell(unbrake=_UNBRAKED_S)
+            time.sleep(0.02)
+
+    def _try_to_save(self, boundary: Boundary) -> tuple[Saved, bool]:
+        """What came of it, and whether memory was too short for it."""
+        short = False
+
+        def write(path: Path) -> int:
+            nonlocal short
             try:
-                return files.payload(
-                    self._objects, **boundary._asdict(), reason=self._order_reason(), run=self._run, script=_script()
-                )
+                return files.write(content, path)
             except Exception as error:
-                if not files.is_out_of_memory(error) or self._hearing is None or time.monotonic() > until:
-                    raise
-                self._hearing.tell(unbrake=_UNBRAKED_S)
-                time.sleep(0.02)
+                short = short or files.is_out_of_memory(error)
+                raise
+
+        try:
+            content = files.payload(
+                self._objects, **boundary._asdict(), reason=self._order_reason(), run=self._run, script=_script()
+            )
+        except Exception as error:  # of an object's own `state_dict`
+            if not (short := files.is_out_of_memory(error)):
+                traceback.print_exception(error)
+            why = f"the states could not be gathered: {type(error).__name__}: {error}"
+            return Saved(failures=(why,)), short
+        saved = self._files.save(boundary.epoch, write)
+        return saved, short
 
     def _order_reason(self) -> str:
         return self._order.reason if self._order is not None else ""

@@ -29,6 +29,19 @@ def leak(mb_per_s, piece=8 * MB):
             time.sleep(max(0.0, start + done / (mb_per_s * MB) - time.perf_counter()))
 
 
+class Average:
+    """As many keep one: what it hands out is a copy."""
+
+    def __init__(self, n_bytes):
+        self.weight = torch.ones(n_bytes // 4)
+
+    def state_dict(self):
+        return {"weight": self.weight.clone()}
+
+    def load_state_dict(self, state):
+        self.weight = state["weight"]
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -43,6 +56,7 @@ def main():
     parser.add_argument("--drill-at", type=int, default=-1)
     parser.add_argument("--fallback", type=Path)
     parser.add_argument("--from-thread", action="store_true")
+    parser.add_argument("--average", type=int, default=0, help="bytes of an average whose state is a copy")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -64,9 +78,10 @@ def run(args):
     loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
     log = open(args.folder / "log.jsonl", "a")  # noqa: SIM115
     total = 0
+    more = {"average": Average(args.average)} if args.average else {}
     with MemoryGuard(
         model=model, optimizer=opt, scheduler=schedule, save_dir=args.folder, policy=PolicyConfig(dwell_s=0.5),
-        fallback_dirs=[args.fallback] if args.fallback else [], reserve="4MiB",
+        fallback_dirs=[args.fallback] if args.fallback else [], reserve="4MiB", stateful=more,
     ) as guard:  # fmt: skip
         start = guard.resume()
         for epoch in guard.epochs(args.epochs):

@@ -207,6 +207,22 @@ def test_a_state_that_cannot_be_gathered_under_the_brake_is_gathered_without(hom
     )
 
 
+def test_a_write_that_does_not_fit_under_the_brake_is_done_without(home, monkeypatch):  # noqa: F811
+    told, tell, write, places = [], Watcher.tell, files.write, []
+    monkeypatch.setattr(Watcher, "tell", lambda self, **message: (told.append(message), tell(self, **message)))
+
+    def short(content, path):
+        places.append(path)
+        if not any("unbrake" in message for message in told):
+            raise MemoryError("under the brake")
+        return write(content, path)
+
+    monkeypatch.setattr(files, "write", short)
+
+    assert stopped(Script(home), at=3, do=ask_twice) == 75
+    assert places[-1] == home / "emergency_epoch2.pth"
+
+
 def test_what_copies_its_state_is_known_before_memory_is_short():
     model = torch.nn.Linear(10, 10)
 

@@ -42,10 +42,25 @@ def command_inside(limit, command, folder):
     )  # fmt: skip
 
 
-def leak(folder, rate, *, thread, width=STATE_80_MB, limit_bytes=1536 * MB, held=0):
+def leak(folder, rate, *, thread, width=STATE_80_MB, limit_bytes=1536 * MB, held=0, average=0):
     """One race. Returns whether it was won: saved, stopped with 75, nobody killed."""
     folder.mkdir()
-    options = ["--leak", rate, "--leak-at", 12, "--width", width, "--step-s", 0.05, "--epochs", 100, "--hold", held]
+    options = [
+        "--leak",
+        rate,
+        "--leak-at",
+        12,
+        "--width",
+        width,
+        "--step-s",
+        0.05,
+        "--epochs",
+        100,
+        "--hold",
+        held,
+        "--average",
+        average,
+    ]
     with MemoryLimit(limit_bytes) as limit:
         done = command_inside(limit, [SCRIPT, folder, *options, *(["--thread"] if thread else [])], folder)
         kills = limit.oom_kills()
@@ -67,6 +82,13 @@ def races(tmp_path, n, rate, **kwargs):
 @pytest.mark.parametrize("rate", [200, 1300])
 def test_a_leak_is_stopped_before_the_limit(tmp_path, rate, thread):
     assert races(tmp_path, 5, rate, thread=thread) == 5
+
+
+@pytest.mark.chaos
+def test_a_state_that_is_copied_while_memory_leaks_is_saved(tmp_path):
+    """200 MB, three times what the brake leaves to a state that copies nothing; and the leak takes part of it."""
+    state = {"width": 1000, "average": 200 * MB}
+    assert races(tmp_path, 5, 200, thread=True, limit_bytes=4000 * MB, held=2400 * MB, **state) == 5
 
 
 @pytest.mark.chaos

@@ -310,6 +310,25 @@ def test_the_brake_is_let_go_on_time(tmp_path):
     assert any(now == pytest.approx(1.47) for now in asked)
 
 
+def test_the_brake_is_off_for_as_long_as_the_worker_asks(tmp_path):
+    """A state that is copied while it is saved does not fit under it."""
+    machine, asked, released = Grouped(tmp_path, used=0.95), [], []
+    machine.lookout._brake = SimpleNamespace(
+        adjust=lambda decision, ram, now, updating: bool(asked.append(now)), releases_at=float("inf"),
+        release=lambda: released.append(machine.now),
+    )  # fmt: skip
+    machine.watch(until=1.0)
+    machine.lookout.hear({"unbrake": 0.5}, machine.now)
+    from_here = machine.now
+
+    machine.watch(until=3.0)
+
+    assert released == [from_here]
+    assert any(now < from_here for now in asked)
+    assert not any(from_here <= now < from_here + 0.5 for now in asked)
+    assert any(now >= from_here + 0.5 for now in asked)
+
+
 @pytest.mark.parametrize("used", [0.2, 0.75], ids=["calm", "near the limit"])
 def test_a_worker_that_asked_to_be_woken_is_woken_on_time(tmp_path, used):
     machine = Grouped(tmp_path, used=used)

@@ -4,6 +4,7 @@ import errno
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,6 +139,28 @@ def test_a_new_file_replaces_the_old_one_and_its_sum(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "a.pth.xxh128"]
 
 
+def test_of_two_that_save_at_once_each_sum_stays_with_its_file(tmp_path, monkeypatch):
+    """As two ranks of one training do. The second comes while the first has put its file there, and not yet its sum."""
+    path, begun, second_is_done = tmp_path / "a.pth", threading.Event(), threading.Event()
+    flush = files.atomic.fsync_dir
+
+    def slow(folder):
+        flush(folder)
+        if not begun.is_set():
+            begun.set()
+            second_is_done.wait(0.5)
+
+    monkeypatch.setattr(files.atomic, "fsync_dir", slow)
+    first = threading.Thread(target=save, args=(trained(seed=1), path))
+    first.start()
+    begun.wait(30)
+    save(trained(seed=2), path)
+    second_is_done.set()
+    first.join()
+
+    assert equal(files.load(path)["model_state_dict"], dict(trained(seed=2)["model"].state_dict()))
+
+
 def test_a_disk_that_gives_back_other_bytes_is_not_trusted(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_file_hash", lambda path: "0" * 32)
 
@@ -210,6 +233,8 @@ def test_a_checkpoint_of_somebody_else_is_refused(tmp_path):
     ("error", "wanted"),
     [(MemoryError(), True), (torch.OutOfMemoryError("x"), True), (RuntimeError("CUDA error: out of memory"), True),
      (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+     (OSError(12, "Cannot allocate memory"), True), (OSError(28, "No space left on device"), False),
+     (RuntimeError("can't start new thread"), True), (RuntimeError("mmap: Cannot allocate memory"), True),
      (RuntimeError("shapes do not match"), False), (ValueError("out of memory"), False), (None, False)],
 )  # fmt: skip
 def test_errors_that_mean_out_of_memory(error, wanted):
