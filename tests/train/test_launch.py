@@ -371,6 +371,32 @@ def test_a_head_that_does_not_answer_is_none_of_a_drivers_business_before_it_is_
     assert fit(config, trainers, stopper, lambda text: None, lost=lambda: pytest.fail("it was asked")) == "fitted"
 
 
+class Tripped:
+    """Stands for the handle of the guard's coordinator."""
+
+    def __init__(self):
+        self.orders = []
+
+    def trip(self, kind, reason):
+        self.orders.append((kind, reason))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_signal_reaches_the_coordinator_though_the_run_folder_takes_no_file(small_disk, capsys, guarded):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    coordinator = Tripped() if guarded else None
+    stopper = Stopper(RunFolder(small_disk), coordinator)
+
+    stopper(signal.SIGTERM)
+
+    assert stopper.reason == "the driver received SIGTERM"
+    assert coordinator is None or coordinator.orders == [("stop", "the driver received SIGTERM")]
+    said = capsys.readouterr().err
+    assert f"could not be written to {small_disk}/.order.json" in said
+    assert ("send the signal again" in said) != guarded
+
+
 def test_a_head_is_lost_when_nothing_listens_there():
     listening = socket.create_server(("127.0.0.1", 0))
     there = RayThere(gpus=0, may_grow=True, head=f"127.0.0.1:{listening.getsockname()[1]}")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from brainenc.errors import BrainencError, TrainingFailed
-from brainenc.guard import signals
+from brainenc.guard import banner, signals
 from brainenc.metrics import Gauges
 from brainenc.train import orders
 from brainenc.train.config import TrainConfig, Workers
@@ -115,9 +115,21 @@ class Stopper:
 
     def __call__(self, number: int) -> None:
         self.reason = reason = f"the driver received {signals.name(number)}"
-        orders.give(self._folder, "stop", reason)
         if self._coordinator is not None:
             self._coordinator.trip("stop", reason)
+        try:
+            orders.give(self._folder, "stop", reason)
+        except OSError as error:  # a full or read-only disk; raised here it would end the driver in place of the ranks
+            banner.say(self._untold(error))
+
+    def _untold(self, error: OSError) -> str:
+        trouble = f"brainenc: the order to stop could not be written to {orders.order_file(self._folder)} ({error})"
+        if self._coordinator is not None:
+            return f"{trouble}; the ranks hear of it from the guard's coordinator."
+        return (
+            f"{trouble}, and without a guard the ranks hear of it in no other way. Make room there and send the signal "
+            "again; what was saved last stays."
+        )
 
 
 @contextmanager
