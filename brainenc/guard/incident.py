@@ -26,6 +26,8 @@ class Incident:
     acks: dict[str, CheckpointAck] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
     """Of those who answered: ``"train"`` or ``"extract"``."""
+    merged: set[str] = field(default_factory=set)
+    """Names of other orders to do the same, which workers gave themselves meanwhile: an answer to one is an answer."""
     dead: list[str] = field(default_factory=list)
     """Workers that fell silent before they answered."""
     outcome: Outcome = "open"
