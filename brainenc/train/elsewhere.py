@@ -83,6 +83,11 @@ def local_run(
             del _addresses[folder]
 
 
+def address_of(folder: Path) -> str | None:
+    """Where the run that is worked on in this local folder belongs, None if it is here. May hold keys."""
+    return _addresses.get(folder)
+
+
 def elsewhere(folder: Path) -> Elsewhere | None:
     """For the driver to hand to its workers: where the run in this local folder belongs, None if it is here.
 

@@ -15,7 +15,7 @@ from typing import Any
 from brainenc.errors import BrainencError, TrainingFailed
 from brainenc.guard import banner, signals
 from brainenc.metrics import Gauges
-from brainenc.train import orders
+from brainenc.train import orders, prepare
 from brainenc.train.config import TrainConfig, Workers
 from brainenc.train.elsewhere import elsewhere
 from brainenc.train.fitting import Outcome
@@ -36,6 +36,8 @@ _WRITERS_PATIENCE_S = 40.0
 def train_on_ray(config: TrainConfig, asked: Workers | None, views: OpenViews, progress: Progress, note: Note) -> Any:
     with joined(config, asked) as there:
         workers = asked or default_workers(config.device, there.gpus)
+        if not RunFolder(config.out).metrics_file.exists():  # a run that goes on may do so with fewer
+            prepare.refuse_absent_ranks(config, workers)
         each = per_worker(config.device, there.gpus)
         if text := about_gpus(config, workers, each, there):
             note(text)
