@@ -181,8 +181,10 @@ def _summary(result: Any, address: str | None) -> str:
     if result.status == "done":
         best = "not known" if result.val_perf is None else f"{result.val_perf:.4f}"
         return f"{result.run_folder}: done, {result.step} steps, best val_perf {best}."
+    from brainenc.train.elsewhere import resume_command
+
     where = f", saved in {result.checkpoint}" if result.checkpoint else ""
     return (
         f"{result.run_folder}: {result.status} at epoch {result.epoch}, step {result.step} ({result.reason}){where}. "
-        f"Go on with: brainenc train --resume {result.run_folder}" + (f" --address {address}" if address else "")
+        f"Go on with: {resume_command(result.run_folder, address)}"
     )

@@ -17,7 +17,7 @@ from brainenc.guard import banner, signals
 from brainenc.metrics import Gauges
 from brainenc.train import orders, prepare
 from brainenc.train.config import TrainConfig, Workers
-from brainenc.train.elsewhere import elsewhere
+from brainenc.train.elsewhere import elsewhere, resume_command
 from brainenc.train.fitting import Outcome
 from brainenc.train.follow import Note, Progress, following
 from brainenc.train.inputs import OpenViews
@@ -98,7 +98,7 @@ def fit(
             if tries <= 0 or stopper.reason:
                 raise TrainingFailed(
                     f"Ray's controller of {config.out} failed: {cause}. What was saved stays: "
-                    f"`{resume_command(config)}` goes on from the newest checkpoint."
+                    f"`{resume_command(config.out, config.address)}` goes on from the newest checkpoint."
                 ) from error
             tries -= 1
             note(f"Ray's controller of this training failed ({cause}); another goes on from the newest checkpoint.")
@@ -149,7 +149,7 @@ def _coordinator(config: TrainConfig, workers: Workers, each: Mapping[str, float
         note(conflict)
     handle = start_coordinator(
         config.out, workers.high, on_critical=guard.on_critical, dwell_s=guard.policy.dwell_s,
-        resume=resume_command(config),
+        resume=resume_command(config.out, config.address),
         goes_on=lambda there, leaving: room_without(leaving, there, each) >= workers.low,
     )  # fmt: skip
     try:
@@ -238,11 +238,6 @@ def _in_thread(call: Callable[[], Any], lost: Callable[[], bool]) -> Any:
     return future.result()
 
 
-def resume_command(config: TrainConfig) -> str:
-    """What goes on with a run, where it was: the run itself does not know which Ray it is on."""
-    return f"brainenc train --resume {config.out}" + (f" --address {config.address}" if config.address else "")
-
-
 def _cause(failures: Mapping[int, BaseException], config: TrainConfig) -> BrainencError:
     """The error to show of those that workers died of: one of ours that is not just the echo of another's death."""
     from brainenc.train.team import RankLost
@@ -254,7 +249,7 @@ def _cause(failures: Mapping[int, BaseException], config: TrainConfig) -> Braine
     ranks = "; ".join(f"rank {rank}: {_first_line(error)}" for rank, error in sorted(failures.items()))
     return TrainingFailed(
         f"Training failed {config.max_failures + 1} times, the last time with {ranks}. What was saved stays: "
-        f"`{resume_command(config)}` goes on from the newest checkpoint."
+        f"`{resume_command(config.out, config.address)}` goes on from the newest checkpoint."
     )
 
 
