@@ -68,6 +68,39 @@ class Incident:
         }  # fmt: skip
 
 
+def whole(incident: Mapping[str, Any]) -> dict[str, Any]:
+    """An incident's line of a record with all of its fields: what it lacks, or has of another kind, is unknown."""
+    order = _fields(incident.get("order"), kind="?", reason="?")
+    causes = incident.get("causes")
+    acks = incident.get("acks")
+    return {
+        **_fields(incident, number=0, outcome="?", opened_at=0.0),
+        "closed_at": _fields(incident, closed_at=0.0)["closed_at"] or None,
+        "order": order,
+        "causes": [
+            _fields(cause, at=0.0, worker="?", node="", step=-1, reason="?")
+            for cause in (causes if isinstance(causes, list) else [])
+        ],
+        "dead": [str(name) for name in incident["dead"]] if isinstance(incident.get("dead"), list) else [],
+        "acks": {
+            str(name): _fields(ack, step=-1, path="", error="")
+            for name, ack in (acks.items() if isinstance(acks, Mapping) else ())
+        },
+        "checkpoint": _fields(incident, checkpoint="")["checkpoint"] or None,
+        "step": incident.get("step"),
+    }
+
+
+def _fields(found: Any, **unknown: Any) -> dict[str, Any]:
+    """What was found, with these fields: of this kind, or this value."""
+    given = dict(found) if isinstance(found, Mapping) else {}
+    for name, value in unknown.items():
+        kind = int | float if isinstance(value, int | float) else type(value)
+        if not isinstance(given.get(name), kind):
+            given[name] = value
+    return given
+
+
 def account(incident: Mapping[str, Any], resume: str = "") -> str:
     """The incident as a person reads it.
 

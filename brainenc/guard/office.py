@@ -36,7 +36,7 @@ class Office:
         self._folder, self._clock, self._resume = Path(run_folder), clock, resume
         self._lock = threading.Lock()
         path = self._folder / "guard.jsonl"
-        first = 1 + max((line["number"] for line in _incidents(path)), default=0)
+        first = 1 + max(_incidents(path), default=0)
         self._lines = records.JsonLines(path)
         self._endurance = Endurance("The guard's coordinator")
         self._coordinator = Coordinator(config, self._record, first_incident=first)
@@ -94,15 +94,13 @@ class Office:
             self._lines.write(**line)
 
 
-def _incidents(path: Path) -> list[dict[str, Any]]:
-    """Those that an earlier coordinator of this run has opened."""
+def _incidents(path: Path) -> list[int]:
+    """Numbers of those that an earlier coordinator of this run has opened."""
     if not path.exists():
         return []
-    return [
-        {"number": line.get("incident", line.get("number", 0))}
-        for line in records.read(path)
-        if line.get("kind") in ("order", "incident")
-    ]
+    lines = [line for line in records.read(path) if line.get("kind") in ("order", "incident")]
+    numbers = [line.get("incident", line.get("number")) for line in lines]
+    return [number for number in numbers if isinstance(number, int)]  # others wrote what is none
 
 
 class LocalLink:

@@ -51,6 +51,34 @@ def test_status_as_json(run_folder, capsys):
     assert found["open_order"] is None
 
 
+HOSTILE = {
+    "reading without fields": '{"kind":"reading","worker":"rank0"}\n{"kind":"closed","at":1}',
+    "reading of nobody": '{"kind":"reading"}',
+    "silent without worker": '{"kind":"reading","worker":"rank0"}\n{"kind":"silent"}',
+    "incident without number": '{"kind":"reading","worker":"rank0"}\n{"kind":"incident"}',
+    "incident of other kinds": '{"kind":"reading","worker":"rank0"}\n{"kind":"incident","number":"x","order":[],'
+    '"causes":[1],"acks":{"rank0":[]},"dead":3,"opened_at":"now","closed_at":"x","checkpoint":5}',
+    "order without fields": '{"kind":"reading","worker":"rank0"}\n{"kind":"order"}',
+    "other kinds": '{"kind":"reading","worker":["a"],"step":null,"epoch":"0","leaving":null,"node":3,"level":[],'
+    '"numbers":{"fraction":"a","gpus":[1,{"fraction":"b"}]}}',
+    "numbers a list": '{"kind":"warning","worker":"rank0","numbers":[]}',
+    "escape codes": '{"kind":"reading","worker":"rank0\\u001b]0;X\\u0007\\u001b[31m","level":"\\u001b[2J"}',
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_what_a_record_lacks_is_told_as_unknown(tmp_path, capsys, what):
+    (tmp_path / "guard.jsonl").write_text(HOSTILE[what] + "\n")
+
+    for arguments in (["guard", "status"], ["guard", "status", "--json"], ["watch", "--once"]):
+        assert run([*arguments, str(tmp_path)]) == 0, arguments
+        out, err = capsys.readouterr()
+        assert err == ""
+        assert "\x1b" not in out
+    run(["guard", "status", str(tmp_path)])
+    assert "step" in capsys.readouterr().out
+
+
 def test_status_of_no_run_is_wrong_usage(tmp_path, capsys):
     assert run(["guard", "status", str(tmp_path / "nothing")]) == 2
     assert "no run folder" in capsys.readouterr().err

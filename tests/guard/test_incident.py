@@ -60,6 +60,16 @@ def test_a_new_coordinator_goes_on_counting_incidents(tmp_path):
     again.close()
 
 
+def test_lines_that_others_have_damaged_do_not_keep_a_coordinator_from_starting(tmp_path):
+    (tmp_path / "guard.jsonl").write_text('{"kind":"incident","number":"x"}\n{"kind":"order","incident":[]}\n')
+
+    office = Office(tmp_path)
+    office.trip("stop", "SIGTERM")
+
+    assert office.status()["incidents"][0]["number"] == 1
+    office.close()
+
+
 def test_an_account_of_a_failure_names_the_dead(tmp_path):
     clock = FakeClock(100.0)
     office = Office(tmp_path, clock=clock)

@@ -226,6 +226,22 @@ def test_an_order_in_the_run_folder_is_heard_now_and_then(tmp_path):
     clear(folder)
 
 
+@pytest.mark.parametrize("text", ["[]", '{"kind": "dance", "reason": "x"}', '{"kind": []}', "null", '{"kind": "st'])
+def test_a_damaged_order_is_told_once_and_ignored(tmp_path, caplog, text):
+    folder, now = RunFolder(tmp_path), [0.0]
+    source = FolderOrders(folder, lambda: now[0])
+    (tmp_path / ".order.json").write_text(text)
+
+    for now[0] in (1.0, 2.0, 3.0):
+        assert source.pending() is None
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
+        f"{tmp_path}/.order.json holds no order and is ignored"
+    ]
+    give(folder, "stop", "enough")
+    now[0] = 4.0
+    assert source.pending().kind == "stop"
+
+
 def test_figures_of_a_step_are_sensible(small, tmp_path):
     train(small.config(tmp_path / "run", predict=False))
 
