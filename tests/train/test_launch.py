@@ -289,7 +289,9 @@ def test_what_goes_on_with_a_run_can_be_typed_as_it_is_printed(small, tmp_path, 
         "--heads", "2", "--workers", "0", "--no-predict", "--drill", "sigterm@step=6", "--out",
     ]  # fmt: skip
     assert brainenc([*arguments, str(out)]) == 75
-    assert f"brainenc train --resume '{out}'" in capsys.readouterr().out
+    out_text, err = capsys.readouterr()
+    assert f"brainenc train --resume '{out}'\nWhat the guard saw: brainenc guard status '{out}'\n" in out_text
+    assert "  - Train: every batch\n" in err
     assert f"To go on: brainenc train --resume '{out}'\n" in (out / "incident-1.txt").read_text()
     with pytest.raises(UsageError, match=re.escape(f"`brainenc train --resume '{out}'`")):
         RunFolder(out).create(small.config(out))
