@@ -101,12 +101,13 @@ def _fields(found: Any, **unknown: Any) -> dict[str, Any]:
     return given
 
 
-def account(incident: Mapping[str, Any], resume: str = "") -> str:
+def account(incident: Mapping[str, Any], resume: str = "", *, gone: bool = False) -> str:
     """The incident as a person reads it.
 
     Args:
         incident: from :meth:`Incident.to_dict`, as it lies in ``guard.jsonl``.
         resume: the command that goes on from here.
+        gone: the checkpoint was there, and is not any more.
     """
     order = incident["order"]
     opened = incident["opened_at"]
@@ -121,7 +122,10 @@ def account(incident: Mapping[str, Any], resume: str = "") -> str:
     took = f" after {incident['closed_at'] - opened:.2f} s" if incident["closed_at"] else ""
     lines.append(f"Outcome: {incident['outcome']}{took}.")
     if incident["checkpoint"] and not any(_extracts(ack) for ack in incident["acks"].values()):
-        lines.append(f"The checkpoint of step {incident['step']} lies in {incident['checkpoint']}.")
+        lines.append(
+            f"The checkpoint of step {incident['step']} lies in {incident['checkpoint']}"
+            + (" (no longer there)." if gone else ". Of emergency checkpoints only the newest stays.")
+        )
     if resume:
         lines.append(f"To go on: {resume}")
     return "\n".join(lines)

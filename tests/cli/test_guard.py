@@ -1,14 +1,19 @@
 """``guard status|probe|drill``, ``doctor`` and ``watch``, as typed."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
+from brainenc.cli import guard_practice
 from brainenc.cli.main import run
 from brainenc.extract.guard_record import guard_folder
+from brainenc.guard import banner
 from brainenc.guard.glances import WHY_NOT_COMPILED
 from brainenc.guard.messages import CheckpointAck, WorkerReport
 from brainenc.guard.office import Office
+from brainenc.guard.probe import MemoryUse, Reading, take_reading
 from brainenc.records import JsonLines
 
 
@@ -132,13 +137,91 @@ def test_probe_for_people_says_what_it_would_make_of_it(capsys):
 def practise(folder, fault, capsys):
     assert run(["guard", "drill", "--fault", fault, "--out", str(folder), "--json"]) == 0
 
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    out, err = capsys.readouterr()
+    report = json.loads(out)  # one object and nothing else
     assert report["exit_codes"] == [0, 75, 0]
     assert report["passed"]
+    assert Path(report["saved"]).exists()
+    stages = [json.loads(line)["note"] for line in err.splitlines()]
+    assert stages == ["whole: undisturbed ...", f"struck: {fault} at step 17 ...", "struck: resumed ..."]
 
 
 def test_a_drill_passes_here(tmp_path, capsys):
     practise(tmp_path, "ram", capsys)
+
+
+def test_a_gpu_drill_without_a_gpu_says_what_was_not_tried(tmp_path, monkeypatch):
+    """Quick: the training itself is not run."""
+    if take_reading().gpus:
+        pytest.skip("this machine has a GPU")
+    done = subprocess.CompletedProcess([], 1, "", "not run")
+    monkeypatch.setattr(guard_practice, "_run", lambda folder, fault: done)
+
+    reports = {fault: guard_practice.practise(tmp_path, fault, lambda text: None) for fault in ("gpu", "ram")}
+
+    assert "a real GPU's memory was not tried" in reports["gpu"]["invented"]
+    assert reports["ram"]["invented"] == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["watch", "runs/a"], "it is `brainenc watch runs/a`"),
+        (["drill", "ram=0.95"], "write `brainenc guard drill --fault ram`"),
+        (["drill", "ram=0.95"], "brainenc train ... --drill ram=0.95@step=40"),
+        (["probe", "--disk", "/nonexistent"], "--disk /nonexistent: there is no such folder"),
+        (["probe", "--batch-size", "0"], "at least 1 sample, found 0"),
+    ],
+)
+def test_wrong_usage_is_told_with_the_right_one(capsys, arguments, said):
+    assert run(["guard", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "said"),
+    [
+        (None, "Thresholds for a batch of 4: RAM warning at 85%, emergency at 88%"),
+        (3, "Thresholds for a batch of 4, whose row is used for 3: RAM"),
+        (6, "Thresholds for a batch of 6: RAM warning at 83%, emergency at 86%; GPU warning at 88%"),
+        (16, "Thresholds for a batch of 8, whose row is used for 16: RAM warning at 80%"),
+    ],
+)
+def test_probe_names_the_thresholds_that_it_judges_by(capsys, batch_size, said):
+    arguments = ["guard", "probe"] + (["--batch-size", str(batch_size)] if batch_size else [])
+    assert run(arguments) == 0
+    assert said in capsys.readouterr().out
+    assert run([*arguments, "--json"]) == 0
+    assert f"batch of {json.loads(capsys.readouterr().out)['thresholds']['batch_size']}" in said
+
+
+def test_the_tightest_group_is_in_the_headline_of_a_fuller_host():
+    group, host = MemoryUse(10**8, 10**9, "/job"), MemoryUse(9 * 10**9, 10**10, "host")
+    wider = MemoryUse(10**8, 5 * 10**9, "/")
+
+    text = banner.resources(Reading(ram=host, levels=(group, wider, host)))
+
+    assert "RAM: 9.0GB / 10.0GB (90%), limit of host\n     0.1GB / 1.0GB (10%), limit of /job, the tightest" in text
+    assert "tightest" not in banner.resources(Reading(ram=group, levels=(group, host)))
+
+
+def test_status_says_of_a_checkpoint_that_it_was_removed(tmp_path, capsys):
+    """Of emergency checkpoints only the newest stays."""
+    office = Office(tmp_path)
+    office.report(WorkerReport(worker="rank0", seq=1, node="a", step=7))
+    for step in (8, 9):
+        saved = tmp_path / f"emergency_epoch0_step{step}"
+        order = office.trip("checkpoint", "node a is being taken away")
+        ack = CheckpointAck(order_id=order.id, worker="rank0", epoch=0, step=step, path=str(saved))
+        office.report(WorkerReport(worker="rank0", seq=step, node="a", step=step, ack=ack))
+    office.close()
+    saved.mkdir()
+
+    assert run(["guard", "status", str(tmp_path)]) == 0
+
+    out = capsys.readouterr().out
+    assert "emergency_epoch0_step8 (no longer there)" in out
+    assert "emergency_epoch0_step9. Of emergency checkpoints only the newest stays." in out
 
 
 @pytest.mark.chaos
