@@ -187,8 +187,9 @@ def _summary(result: Any, address: str | None, folder: str) -> str:
     from brainenc.train.elsewhere import resume_command
 
     where = f", saved in {result.checkpoint}" if result.checkpoint else ""
+    guarded = (Path(folder) / "guard.jsonl").exists()
+    saw = f"\nWhat the guard saw: brainenc guard status {shlex.quote(folder)}" if guarded else ""
     return (
         f"{result.run_folder}: {result.status} at epoch {result.epoch}, step {result.step} ({result.reason}){where}. "
-        f"Go on with: {resume_command(result.run_folder, address)}\n"
-        f"What the guard saw: brainenc guard status {shlex.quote(folder)}"
+        f"Go on with: {resume_command(result.run_folder, address)}" + saw
     )
