@@ -6,6 +6,7 @@ Ray Train with two workers. Leaves ``data/subj01``, ``backbone``, ``store`` and 
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -193,5 +194,5 @@ def closing_lines(result: DemoResult) -> list[str]:
         f"Reached a validation correlation of {result.val_perf:.3f}; {result.max_val_perf:.3f} could be reached: "
         f"{result.share:.0%} of the planted ceiling, in {format_seconds(result.seconds)}.",
         picture,
-        f"Go on from here: brainenc report {result.run_folder}",
+        f"Go on from here: brainenc report {shlex.quote(str(result.run_folder))}",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -47,4 +48,4 @@ def command(runs: Sequence[str], out: Path, temperature: float, as_json: bool) -
             f"{redact(run)}: mean weight {result.shares['lh'][i]:.3f} (lh) {result.shares['rh'][i]:.3f} (rh){score}"
         )
     score = "" if result.test_r is None else f" test r {result.test_r['ensemble']:.4f};"
-    click.echo(f"{result.out}:{score} submit it with `brainenc submit {result.out}`")
+    click.echo(f"{result.out}:{score} submit it with `brainenc submit {shlex.quote(str(result.out))}`")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -30,7 +32,18 @@ Example:
 """
 
 
-@click.group(epilog=EXAMPLE)
+class _Group(click.Group):
+    """Knows what else people look for here."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] == "watch":
+            raise UsageError(f"`brainenc guard` has no `watch`: it is `brainenc {shlex.join(args[:2])}`.")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Group, epilog=EXAMPLE)
 def command() -> None:
     """Memory as the guard sees it, and drills."""
 
@@ -49,7 +62,7 @@ def status(run: str, as_json: bool) -> None:
         return
     click.echo("\n".join(_workers(history)))
     for incident in history.incidents:
-        click.echo("\n" + account(incident))
+        click.echo("\n" + account(incident, gone=_is_gone(incident["checkpoint"])))
 
 
 @command.command(epilog="\b\nExample:\n  brainenc guard probe --disk runs --batch-size 8")
@@ -58,17 +71,29 @@ def status(run: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def probe(disks: tuple[str, ...], batch_size: int | None, as_json: bool) -> None:
     """What is used and what may be, now, and what the guard would make of it."""
-    thresholds = Thresholds.for_batch_size(batch_size) if batch_size else Thresholds()
+    row = Thresholds.preset(4 if batch_size is None else batch_size)
+    thresholds = Thresholds.for_batch_size(row)
+    for disk in disks:
+        if not Path(disk).exists():  # its nearest parent that exists may lie on another disk
+            raise UsageError(f"--disk {disk}: there is no such folder or file. Name one that exists.")
     reading = take_reading(*(disks or (".",)))
     meters = [Meter("ram", reading.ram.used, reading.ram.limit)]
     meters += [Meter(f"gpu{i}", g.used - g.slack, g.limit) for i, g in enumerate(reading.gpus)]
     decision = Policy(PolicyConfig(thresholds=thresholds)).look(0.0, meters, Timing())
     if as_json:
-        click.echo(json.dumps({**reading.to_dict(), "level": decision.level, "reason": decision.reason}))
+        named = {"batch_size": row, **asdict(thresholds)}
+        click.echo(
+            json.dumps({**reading.to_dict(), "thresholds": named, "level": decision.level, "reason": decision.reason})
+        )
         return
     click.echo(banner.resources(reading))
     for level in reading.levels:
         click.echo(f"{level.fraction:6.1%}  {format_bytes(level.used)} of {format_bytes(level.limit)}  {level.source}")
+    t, other = thresholds, "" if batch_size in (None, row) else f", whose row is used for {batch_size}"
+    click.echo(
+        f"Thresholds for a batch of {row}{other}: RAM warning at {t.ram_warn:.0%}, emergency at {t.ram_critical:.0%}; "
+        f"GPU warning at {t.gpu_warn:.0%}, emergency at {t.gpu_critical:.0%}."
+    )
     click.echo(f"This is {decision.level}: {decision.reason}.")
 
 
@@ -79,15 +104,23 @@ def probe(disks: tuple[str, ...], batch_size: int | None, as_json: bool) -> None
 )  # fmt: skip
 @click.option("--out", type=LocalOut(file_okay=False), help="Keep the files here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def drill(fault: str, out: str | None, as_json: bool) -> None:
+@click.argument("words", nargs=-1, metavar="")
+def drill(fault: str, out: str | None, as_json: bool, words: tuple[str, ...]) -> None:
     """A fire drill on this machine: a small training is struck, saves, exits 75, resumes, and ends bit-equal.
 
     For a drill of a run of your own, see `brainenc train --drill`.
     """
+    if words:
+        raise UsageError(
+            f"`brainenc guard drill` takes its fault as an option, found {shlex.join(words)!r}: write `brainenc guard "
+            "drill --fault ram`. In a run of your own it is `brainenc train ... --drill ram=0.95@step=40`."
+        )
     from brainenc.cli import guard_practice
 
     with tempfile.TemporaryDirectory() as scratch, Progress("drill", json_lines=as_json) as progress:
         report = guard_practice.practise(Path(out or scratch), fault, progress.note)
+    if not out:
+        report["saved"] = ""  # it went with the scratch folder
     if as_json:
         click.echo(json.dumps(report))
     if not report["passed"]:
@@ -96,6 +129,13 @@ def drill(fault: str, out: str | None, as_json: bool) -> None:
         done = banner.symbols(sys.stdout.encoding).done
         where = f" {report['saved']}" if out else ""
         click.echo(f"{done}Drill passed: saved{where}, exit code 75, resumed, final weights bit-equal.")
+        if report["invented"]:
+            click.echo(f"This machine has no GPU: {report['invented']}")
+
+
+def _is_gone(checkpoint: str | None) -> bool:
+    """Whether it is not there any more; nobody can tell where its folder is one of another machine."""
+    return checkpoint is not None and Path(checkpoint).parent.is_dir() and not Path(checkpoint).exists()
 
 
 class _DrillFailed(BrainencError):

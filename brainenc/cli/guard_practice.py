@@ -25,19 +25,29 @@ def practise(folder: Path, fault: str, note: Callable[[str], None]) -> dict[str,
         note: takes a line for every stage.
 
     Returns:
-        ``passed``, ``failure`` (a sentence), ``saved`` (the emergency file), ``exit_codes``.
+        ``passed``, ``failure`` (a sentence), ``saved`` (the emergency file, under the name that it has in the end),
+        ``exit_codes``, ``invented`` (a sentence: what of it was not real beyond the drill; else empty).
     """
     import torch
 
-    report: dict[str, Any] = {"passed": False, "failure": "", "saved": "", "exit_codes": []}
-    for name, what, wanted in (("whole", "none", 0), ("struck", fault, 75), ("struck", "none", 0)):
-        note(f"{name}: {'undisturbed' if what == 'none' else what + ' at step ' + str(STRIKE_AT)} ...")
+    from brainenc.guard.probe import take_reading
+
+    report: dict[str, Any] = {"passed": False, "failure": "", "saved": "", "exit_codes": [], "invented": ""}
+    if fault == "gpu" and not take_reading().gpus:
+        report["invented"] = "its reading was invented, so that the path through a real GPU's memory was not tried."
+    stages = (
+        ("whole", "none", 0, "undisturbed"),
+        ("struck", fault, 75, f"{fault} at step {STRIKE_AT}"),
+        ("struck", "none", 0, "resumed"),
+    )
+    for name, what, wanted, told in stages:
+        note(f"{name}: {told} ...")
         done = _run(folder / name, what)
         report["exit_codes"].append(done.returncode)
         if done.returncode != wanted:
             last = (done.stderr.strip().splitlines() or ["nothing was printed"])[-1]
             return {**report, "failure": f"exit code {done.returncode}, wanted {wanted}: {last}"}
-        report["saved"] = report["saved"] or next((str(p) for p in (folder / name).glob("emergency_*.pth")), "")
+        report["saved"] = next((str(p) for p in sorted((folder / name).glob("emergency_*.pth*"))), "")
     whole, struck = (torch.load(folder / n / "final.pt", weights_only=True) for n in ("whole", "struck"))
     if not all(torch.equal(whole[key], struck[key]) for key in whole):
         return {**report, "failure": "the resumed training ended with other weights than the undisturbed one"}

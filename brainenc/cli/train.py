@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -53,11 +54,12 @@ def command(as_json: bool, resume_run: str | None, **options: Any) -> int:
             result = _again({**given, **folder}, source, shown, banner)
         else:
             result = _resume(folder["out"], given, source, shown, banner)
+    worked_in = result.run_folder
     if run:
         result = replace(result, run_folder=redact(absolute(run)))
     if result.checkpoint and not as_json:
         click.echo(_emergency(result), err=True)
-    click.echo(json.dumps(_plain(result)) if as_json else _summary(result, given.get("address")))
+    click.echo(json.dumps(_plain(result)) if as_json else _summary(result, given.get("address"), worked_in))
     if result.error is not None:
         raise result.error
     return int(result.exit_code)
@@ -177,12 +179,17 @@ def _plain(result: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _summary(result: Any, address: str | None) -> str:
+def _summary(result: Any, address: str | None, folder: str) -> str:
+    """How it ended, for people; the guard's record lies in this folder, a bucket's run's too."""
     if result.status == "done":
         best = "not known" if result.val_perf is None else f"{result.val_perf:.4f}"
         return f"{result.run_folder}: done, {result.step} steps, best val_perf {best}."
+    from brainenc.train.elsewhere import resume_command
+
     where = f", saved in {result.checkpoint}" if result.checkpoint else ""
+    guarded = (Path(folder) / "guard.jsonl").exists()
+    saw = f"\nWhat the guard saw: brainenc guard status {shlex.quote(folder)}" if guarded else ""
     return (
         f"{result.run_folder}: {result.status} at epoch {result.epoch}, step {result.step} ({result.reason}){where}. "
-        f"Go on with: brainenc train --resume {result.run_folder}" + (f" --address {address}" if address else "")
+        f"Go on with: {resume_command(result.run_folder, address)}" + saw
     )

@@ -85,7 +85,8 @@ _OPTIONS = [
     click.option("--guard/--no-guard", "guarded", default=None, help="Watch memory.  [default: guard]"),
     click.option(
         "--drill", multiple=True, metavar="FAULT@step=S,rank=R",
-        help="A fault on purpose: oom, kill, sigterm, ram=0.95, gpu=0.95.",
+        help="A fault on purpose: oom, kill, sigterm, ram=0.95, gpu=0.95. The last two last an hour: the run shrinks, "
+        "and stops 5 s later.",
     ),
     click.option("--predict/--no-predict", default=None, help="Predict the test images at the end.  [default: yes]"),
     # The spellings of the published scripts.

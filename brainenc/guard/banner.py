@@ -66,6 +66,12 @@ def resources(reading: Reading, allocations: Sequence[tuple[str, int, int, int]]
         _RULE,
         f"RAM: {_gb(ram.used)} / {_gb(ram.limit)} ({ram.fraction:.0%}), limit of {ram.source}",
     ]
+    groups = [level for level in reading.levels if level.source != "host"]
+    if groups and (tightest := min(groups, key=lambda level: level.limit)) != ram:
+        lines += [
+            f"     {_gb(tightest.used)} / {_gb(tightest.limit)} ({tightest.fraction:.0%}), limit of {tightest.source}, "
+            "the tightest control group"
+        ]
     if allocations:
         for name, allocated, reserved, total in allocations:
             lines += [
@@ -90,8 +96,8 @@ def start(thresholds: Thresholds, *, every: int, eval_every: int, on_emergency: 
         f"  - RAM usage: warning at {t.ram_warn:.0%}, emergency at {t.ram_critical:.0%}",
         *(f"  {marks.warning}{doubt}" for doubt in t.doubts()),
         "Checks:",
-        f"  - Train: every {every} batches",
-        f"  - Eval:  every {eval_every} batches",
+        f"  - Train: every {_batches(every)}",
+        f"  - Eval:  every {_batches(eval_every)}",
         "  - Epoch start: always",
         "  - Beside the script: every 100 ms, every 10 ms above 70%",
         "On emergency:",
@@ -99,6 +105,10 @@ def start(thresholds: Thresholds, *, every: int, eval_every: int, on_emergency: 
         _RULE,
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _batches(n: int) -> str:
+    return "batch" if n == 1 else f"{n} batches"
 
 
 def warning(step: int, reason: str, marks: Symbols) -> str:

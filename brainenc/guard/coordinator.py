@@ -72,6 +72,9 @@ class Coordinator:
         self._done: set[str] = set()
         self._shrunk_at: dict[str, float] = {}
         self._final: Order | None = None
+        self._later: Order | None = None
+        """Asked for while a stronger or equal order was out, or until one came: for the end of that incident, if it has
+        saved nothing so new."""
 
     # ---- what comes in
 
@@ -93,10 +96,20 @@ class Coordinator:
         return self._answer(report)
 
     def trip(self, kind: OrderKind, reason: str, now: float, numbers: dict[str, Any] | None = None) -> Order:
-        """Somebody else asks: a signal to the driver, a drain notice, a person, a time limit."""
+        """Somebody else asks: a signal to the driver, a drain notice, a person, a time limit.
+
+        Returns:
+            The order that is out now: this one, or one that is no weaker; then this one is carried out after it, unless
+            what that saves is new enough.
+        """
+        if self._final is not None and kind != "stop":
+            return self._final  # all are to save and to stop: a worker that comes now must not be told less
         step = max((k.report.step for k in self._workers.values() if k.report.role == "train"), default=-1)
         order = Order(kind=kind, reason=reason, numbers=numbers or {}, id=f"c{self._number}-{kind}", step=step)
-        return self._raise(order, now).order
+        out = self._raise(order, now).order
+        if out.id != order.id:
+            self._postpone(order)
+        return out
 
     def tick(self, now: float) -> None:
         """Let time pass: notice the silent, close what is complete or overdue."""
@@ -105,14 +118,12 @@ class Coordinator:
                 known.silent = True
                 self._due.pop(name, None)
                 self._record({"kind": "silent", "at": now, "worker": name, "heard_at": known.heard_at})
-        incident = self.open_incident
-        if incident is None:
-            return
-        self._awaited = {name for name in self._workers if self._awaits(name, incident, now)}
-        if now >= incident.deadline_at:
-            self._close(incident, now, late=True)
-        elif not self._awaited:
-            self._close(incident, now, late=False)
+        while (incident := self.open_incident) is not None:
+            self._awaited = {name for name in self._workers if self._awaits(name, incident, now)}
+            if self._awaited and now < incident.deadline_at:
+                return
+            self._close(incident, now, late=now >= incident.deadline_at)
+            self._do_later(incident, now)
 
     def finish(self, now: float) -> None:
         """The run is over: whatever has not been answered will not be."""
@@ -269,12 +280,16 @@ class Coordinator:
         if incident is not None:
             if STRENGTH[order.kind] > STRENGTH[incident.order.kind]:
                 self._done.add(incident.order.id)
+                self._postpone(incident.order)
                 incident.order = order
+                incident.merged.clear()
                 incident.acks.clear()  # what was saved for the weaker order is older than what the stop will save
                 self._awaited = None
                 self._record(_order_line(incident, now))
             elif order.id != incident.order.id:
-                self._done.add(order.id)
+                self._done.add(order.id)  # not to be adopted again when this incident is over
+                if order.kind == incident.order.kind:
+                    incident.merged.add(order.id)
             return incident
         incident = Incident(number=self._number, order=order, opened_at=now, deadline_at=now + self.config.deadline_s)
         self._number += 1
@@ -290,7 +305,7 @@ class Coordinator:
         if not self.incidents or any(incident.acks.get(ack.worker) == ack for incident in self.incidents):
             return  # answers are repeated until the run ends
         incident = self.incidents[-1]
-        mine = ack.order_id == incident.order.id
+        mine = ack.order_id == incident.order.id or ack.order_id in incident.merged
         together = ack.step >= incident.order.step and ack.order_id not in self._done  # on another rank's word
         if not mine and not together:
             return  # the answer to an earlier order
@@ -318,6 +333,20 @@ class Coordinator:
                 if self._concerns(incident, known.report):
                     self._shrunk_at[_scope(known.report)] = now
         self._record({"kind": "incident", "at": now, **incident.to_dict()})
+
+    def _postpone(self, order: Order) -> None:
+        """Another order is out. Of two that wait, the stronger or newer is kept, with the newer step."""
+        both = [order] if self._later is None else [self._later, order]
+        kept = max(both, key=lambda one: (STRENGTH[one.kind], one.step))
+        self._later = replace(kept, step=max(one.step for one in both))
+
+    def _do_later(self, incident: Incident, now: float) -> None:
+        """What was asked for during this incident, which is over: done with, if a step so new was saved in it."""
+        later, self._later = self._later, None
+        if later is None or self._final is not None or (incident.best and incident.best.step >= later.step):
+            return
+        self._done.discard(later.id)
+        self._raise(later, now)
 
     def _is_silent(self, known: _Known, now: float) -> bool:
         return now - known.heard_at >= self.config.silent_after_s

@@ -9,6 +9,7 @@ from typing import Any
 
 from brainenc import records
 from brainenc.errors import UsageError
+from brainenc.guard.incident import whole
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,19 +62,48 @@ def read_history(run: str | Path) -> History:
 
 
 def _take(found: History, line: Mapping[str, Any]) -> None:
-    kind = line.get("kind")
+    """One line. What it lacks, or has of another kind, is told as unknown: disks lose, and other tools write."""
+    kind, worker = line.get("kind"), _text(line.get("worker"), "?")
     if kind == "coordinator" and line.get("successor") is False:  # a run begins: who took part in earlier ones is gone
         found.open_order, found.workers = None, {}
     elif kind == "closed":
         found.open_order = None
-        for worker in found.workers.values():
-            worker["leaving"] = worker["leaving"] or "ended"
-    elif kind == "silent" and line["worker"] in found.workers:
-        found.workers[line["worker"]]["leaving"] = "silent"
-    elif kind in ("reading", "warning") and "worker" in line:
-        found.workers[line["worker"]] = dict(line)
+        for told in found.workers.values():
+            told["leaving"] = told["leaving"] or "ended"
+    elif kind == "silent" and worker in found.workers:
+        found.workers[worker]["leaving"] = "silent"
+    elif kind in ("reading", "warning"):
+        found.workers[worker] = _reading(line)
     elif kind == "order":
-        found.open_order = dict(line)
+        found.open_order = {**line, "do": _text(line.get("do"), "?"), "reason": _text(line.get("reason"), "?")}
     elif kind == "incident":
+        incident = whole(line)
         found.open_order = None
-        found.incidents = [i for i in found.incidents if i["number"] != line["number"]] + [dict(line)]
+        found.incidents = [i for i in found.incidents if i["number"] != incident["number"]] + [incident]
+
+
+def _reading(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A worker's word with all of its fields."""
+    numbers = dict(line["numbers"]) if isinstance(line.get("numbers"), Mapping) else {}
+    if not isinstance(numbers.get("fraction"), int | float):
+        numbers.pop("fraction", None)
+    gpus = numbers.get("gpus")
+    numbers["gpus"] = [g for g in gpus if _has_fraction(g)] if isinstance(gpus, list) else []
+    if not numbers["gpus"]:
+        del numbers["gpus"]
+    texts = {name: _text(line.get(name), "?") for name in ("node", "level")}
+    whole_numbers = {name: _whole_number(line.get(name)) for name in ("epoch", "step")}
+    return {**line, **texts, **whole_numbers, "leaving": _text(line.get("leaving"), ""), "numbers": numbers}
+
+
+def _has_fraction(gpu: Any) -> bool:
+    return isinstance(gpu, Mapping) and isinstance(gpu.get("fraction"), int | float)
+
+
+def _text(value: Any, unknown: str) -> str:
+    """For one line of a terminal: without what would steer it."""
+    return "".join(c if c.isprintable() else "?" for c in value) if isinstance(value, str) else unknown
+
+
+def _whole_number(value: Any) -> int:
+    return value if isinstance(value, int) else -1

@@ -26,6 +26,8 @@ class Incident:
     acks: dict[str, CheckpointAck] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
     """Of those who answered: ``"train"`` or ``"extract"``."""
+    merged: set[str] = field(default_factory=set)
+    """Names of other orders to do the same, which workers gave themselves meanwhile: an answer to one is an answer."""
     dead: list[str] = field(default_factory=list)
     """Workers that fell silent before they answered."""
     outcome: Outcome = "open"
@@ -66,12 +68,46 @@ class Incident:
         }  # fmt: skip
 
 
-def account(incident: Mapping[str, Any], resume: str = "") -> str:
+def whole(incident: Mapping[str, Any]) -> dict[str, Any]:
+    """An incident's line of a record with all of its fields: what it lacks, or has of another kind, is unknown."""
+    order = _fields(incident.get("order"), kind="?", reason="?")
+    causes = incident.get("causes")
+    acks = incident.get("acks")
+    return {
+        **_fields(incident, number=0, outcome="?", opened_at=0.0),
+        "closed_at": _fields(incident, closed_at=0.0)["closed_at"] or None,
+        "order": order,
+        "causes": [
+            _fields(cause, at=0.0, worker="?", node="", step=-1, reason="?")
+            for cause in (causes if isinstance(causes, list) else [])
+        ],
+        "dead": [str(name) for name in incident["dead"]] if isinstance(incident.get("dead"), list) else [],
+        "acks": {
+            str(name): _fields(ack, step=-1, path="", error="")
+            for name, ack in (acks.items() if isinstance(acks, Mapping) else ())
+        },
+        "checkpoint": _fields(incident, checkpoint="")["checkpoint"] or None,
+        "step": incident.get("step"),
+    }
+
+
+def _fields(found: Any, **unknown: Any) -> dict[str, Any]:
+    """What was found, with these fields: of this kind, or this value."""
+    given = dict(found) if isinstance(found, Mapping) else {}
+    for name, value in unknown.items():
+        kind = int | float if isinstance(value, int | float) else type(value)
+        if not isinstance(given.get(name), kind):
+            given[name] = value
+    return given
+
+
+def account(incident: Mapping[str, Any], resume: str = "", *, gone: bool = False) -> str:
     """The incident as a person reads it.
 
     Args:
         incident: from :meth:`Incident.to_dict`, as it lies in ``guard.jsonl``.
         resume: the command that goes on from here.
+        gone: the checkpoint was there, and is not any more.
     """
     order = incident["order"]
     opened = incident["opened_at"]
@@ -86,7 +122,10 @@ def account(incident: Mapping[str, Any], resume: str = "") -> str:
     took = f" after {incident['closed_at'] - opened:.2f} s" if incident["closed_at"] else ""
     lines.append(f"Outcome: {incident['outcome']}{took}.")
     if incident["checkpoint"] and not any(_extracts(ack) for ack in incident["acks"].values()):
-        lines.append(f"The checkpoint of step {incident['step']} lies in {incident['checkpoint']}.")
+        lines.append(
+            f"The checkpoint of step {incident['step']} lies in {incident['checkpoint']}"
+            + (" (no longer there)." if gone else ". Of emergency checkpoints only the newest stays.")
+        )
     if resume:
         lines.append(f"To go on: {resume}")
     return "\n".join(lines)

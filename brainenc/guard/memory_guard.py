@@ -100,8 +100,6 @@ class MemoryGuard:
         thresholds = Thresholds(
             gpu_warn=gpu_warn, gpu_critical=gpu_critical, ram_warn=ram_warn, ram_critical=ram_critical
         )
-        if batch_size is not None and batch_size < 1:
-            raise UsageError(f"batch_size={batch_size}; wanted is a number of images, 1 or more.")
         if batch_size is not None:
             thresholds = Thresholds.for_batch_size(batch_size)
         self._config = dataclasses.replace(policy or PolicyConfig(), thresholds=thresholds)

@@ -13,6 +13,7 @@ from typing import Any
 
 from brainenc import atomic, records
 from brainenc.guard.coordinator import Coordinator, CoordinatorConfig
+from brainenc.guard.endurance import Endurance
 from brainenc.guard.incident import account
 from brainenc.guard.messages import Order, OrderKind, WorkerReport
 
@@ -35,10 +36,11 @@ class Office:
         self._folder, self._clock, self._resume = Path(run_folder), clock, resume
         self._lock = threading.Lock()
         path = self._folder / "guard.jsonl"
-        first = 1 + max((line["number"] for line in _incidents(path)), default=0)
+        first = 1 + max(_incidents(path), default=0)
         self._lines = records.JsonLines(path)
+        self._endurance = Endurance("The guard's coordinator")
         self._coordinator = Coordinator(config, self._record, first_incident=first)
-        self._lines.write(kind="coordinator", at=clock(), first_incident=first, successor=successor)
+        self._write(kind="coordinator", at=clock(), first_incident=first, successor=successor)
 
     def report(self, report: WorkerReport) -> Order | None:
         """Hear a worker; returns what it should do."""
@@ -75,25 +77,30 @@ class Office:
         """The run is over: say so, and flush the record."""
         with self._lock:
             self._coordinator.finish(self._clock())
-        self._lines.write(kind="closed", at=self._clock())
-        self._lines.close()
+        self._write(kind="closed", at=self._clock())
+        with self._endurance.doing("closing its record"):
+            self._lines.close()
 
     def _record(self, line: Mapping[str, Any]) -> None:
-        self._lines.write(**line)
+        self._write(**line)
         if line["kind"] == "incident":
             text = account(line, self._resume) + "\n"
-            atomic.replace(self._folder / f"incident-{line['number']}.txt", text.encode())
+            with self._endurance.doing("writing the account of an incident"):
+                atomic.replace(self._folder / f"incident-{line['number']}.txt", text.encode())
+
+    def _write(self, **line: Any) -> None:
+        """A disk that is full or read-only costs the record: workers must hear their orders all the same."""
+        with self._endurance.doing(f"writing its record {self._lines.path}"):
+            self._lines.write(**line)
 
 
-def _incidents(path: Path) -> list[dict[str, Any]]:
-    """Those that an earlier coordinator of this run has opened."""
+def _incidents(path: Path) -> list[int]:
+    """Numbers of those that an earlier coordinator of this run has opened."""
     if not path.exists():
         return []
-    return [
-        {"number": line.get("incident", line.get("number", 0))}
-        for line in records.read(path)
-        if line.get("kind") in ("order", "incident")
-    ]
+    lines = [line for line in records.read(path) if line.get("kind") in ("order", "incident")]
+    numbers = [line.get("incident", line.get("number")) for line in lines]
+    return [number for number in numbers if isinstance(number, int)]  # others wrote what is none
 
 
 class LocalLink:

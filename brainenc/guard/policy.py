@@ -43,11 +43,20 @@ class Thresholds:
 
     @classmethod
     def for_batch_size(cls, batch_size: int) -> Thresholds:
-        """The stricter, the larger the batch, whose activations come and go in one step: presets for 4, 6 and 8; others
-        take that of the next smaller one, and those below 4 that of 4."""
-        known = max((size for size in _PRESETS if size <= batch_size), default=4)
-        gpu_warn, gpu_critical, ram_warn, ram_critical = _PRESETS[known]
+        """The stricter, the larger the batch, whose activations come and go in one step: presets for 4, 6 and 8."""
+        gpu_warn, gpu_critical, ram_warn, ram_critical = _PRESETS[cls.preset(batch_size)]
         return cls(gpu_warn=gpu_warn, gpu_critical=gpu_critical, ram_warn=ram_warn, ram_critical=ram_critical)
+
+    @staticmethod
+    def preset(batch_size: int) -> int:
+        """Whose row counts: the largest preset that is no larger, or the smallest.
+
+        Raises:
+            UsageError: no batch.
+        """
+        if batch_size < 1:
+            raise UsageError(f"A batch holds at least 1 sample, found {batch_size}. There are presets for 4, 6 and 8.")
+        return max((size for size in _PRESETS if size <= batch_size), default=min(_PRESETS))
 
     def pair(self, meter: str) -> tuple[float, float]:
         """Warning and critical fraction of a meter: ``"ram"``, or ``"gpu"`` and anything that begins so."""

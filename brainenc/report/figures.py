@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ def roi_table(files: RunFiles, part: str = "val") -> dict[Hemisphere, list[RoiAc
     scores = files.scores(part)
     if scores is None:
         raise UsageError(
-            f"{files.path} has no scores of its {part} images: run `brainenc evaluate {files.path} --split {part}`."
+            f"{files.path} has no scores of its {part} images: run `brainenc evaluate {shlex.quote(str(files.path))} "
+            f"--split {part}`."
         )
     try:
         subject = files.subject()

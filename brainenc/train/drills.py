@@ -24,7 +24,10 @@ from brainenc.guard.messages import StepGuard
 Fault = Literal["oom", "kill", "sigterm", "ram", "gpu"]
 FAULTS: tuple[Fault, ...] = ("oom", "kill", "sigterm", "ram", "gpu")
 
-_FORM = re.compile(r"(?P<fault>[a-z]+)(=(?P<value>[0-9.]+))?@step=(?P<step>\d+)(,rank=(?P<rank>\d+))?")
+PRETENDED = ("ram", "gpu")
+"""Those that a guard is made to believe, and which want a fraction."""
+
+_FORM = re.compile(r"(?P<fault>[a-z]+)(=(?P<value>[^@]*))?(?P<place>@step=(?P<step>\d+)(,rank=(?P<rank>\d+))?)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,10 +53,43 @@ class Planned:
                 f"--drill {text!r} is no drill; write FAULT@step=S,rank=R with one of {', '.join(FAULTS)}, for example "
                 "ram=0.95@step=40,rank=1."
             )
-        return cls(
-            fault=cast("Fault", match["fault"]), step=int(match["step"]), rank=int(match["rank"] or 0),
-            value=float(match["value"] or 0.95),
-        )  # fmt: skip
+        fault = cast("Fault", match["fault"])
+        value = _fraction(text, match["value"]) if fault in PRETENDED else 0.0
+        if fault not in PRETENDED and match["value"] is not None:
+            raise UsageError(f"--drill {text!r}: {fault} takes no number; write for example {fault}@step=40.")
+        if match["place"] is None:
+            raise UsageError(
+                f"--drill {text!r} does not say when: @step= is missing. Write for example {text}@step=40, or "
+                f"{text}@step=40,rank=1."
+            )
+        return cls(fault=fault, step=int(match["step"]), rank=int(match["rank"] or 0), value=value)
+
+    @property
+    def text(self) -> str:
+        """As it is written on a command line."""
+        value = f"={self.value:g}" if self.fault in PRETENDED else ""
+        return f"{self.fault}{value}@step={self.step},rank={self.rank}"
+
+    def happened(self, marks: Path) -> bool:
+        """Whether it left its mark in this folder."""
+        return (marks / self.text).exists()
+
+
+def _fraction(text: str, given: str | None) -> float:
+    """What is to be believed: above 0, at most 1."""
+    fault = text.partition("=")[0].partition("@")[0]
+    right = f"Write for example {fault}=0.95@step=40."
+    if given is None:
+        raise UsageError(f"--drill {text!r} does not say how much memory is to seem used: a fraction. {right}")
+    try:
+        value = float(given)
+    except ValueError:
+        raise UsageError(f"--drill {text!r}: {given!r} is no number; wanted is a fraction. {right}") from None
+    if 2 <= value <= 100:
+        raise UsageError(f"--drill {text!r}: {given} looks like percent; wanted is a fraction: {value / 100:g}.")
+    if not 0 < value <= 1:
+        raise UsageError(f"--drill {text!r}: {given} is no fraction, which is above 0 and at most 1. {right}")
+    return value
 
 
 class Drills:
@@ -75,13 +111,13 @@ class Drills:
 
     def at(self, *, step: int, rank: int) -> None:
         """Called before the local work of each step."""
-        for number, fault in enumerate(self._planned):
-            if fault.step == step and fault.rank == rank and self._first_time(number):
+        for fault in self._planned:
+            if fault.step == step and fault.rank == rank and self._first_time(fault):
                 self._do(fault)
 
-    def _first_time(self, number: int) -> bool:
+    def _first_time(self, fault: Planned) -> bool:
         atomic.make_dirs(self._marks)
-        return atomic.write_new(self._marks / f"drill-{number}", b"")
+        return atomic.write_new(self._marks / fault.text, b"")
 
     def _do(self, planned: Planned) -> None:
         if planned.fault == "oom":

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from brainenc.featurestore.places import local_path
 from brainenc.featurestore.places.mount import MountPlace, needs_staging
 from brainenc.featurestore.places.object import ObjectPlace
 from brainenc.featurestore.places.scratch import cache_root
+from brainenc.redact import redact
 from brainenc.train.mirror import EVERY_S, RunMirror, Target
 from brainenc.train.run_folder import RunFolder
 
@@ -81,6 +83,22 @@ def local_run(
             yield folder
         finally:
             del _addresses[folder]
+
+
+def address_of(folder: Path) -> str | None:
+    """Where the run that is worked on in this local folder belongs, None if it is here. May hold keys."""
+    return _addresses.get(folder)
+
+
+def resume_command(out: str | Path, address: str | None = None) -> str:
+    """What a person types to go on with a run, without credentials.
+
+    Args:
+        out: the local folder that it is worked on in; the command names the run's own place.
+        address: of the Ray it was on, which the run itself does not know.
+    """
+    run = redact(address_of(Path(out)) or str(out))
+    return f"brainenc train --resume {shlex.quote(run)}" + (f" --address {shlex.quote(address)}" if address else "")
 
 
 def elsewhere(folder: Path) -> Elsewhere | None:
@@ -171,8 +189,8 @@ def _open(run: str | Path) -> tuple[Target, Path]:
 def _prepare(mirror: RunMirror, new: bool) -> None:
     if new and mirror.has_run():
         raise UsageError(
-            f"{mirror.target.url} holds a run already. Go on with it by `brainenc train --resume {mirror.target.url}`, "
-            "or choose another --out."
+            f"{mirror.target.url} holds a run already. Go on with it by `{resume_command(mirror.target.url)}`, or "
+            "choose another --out."
         )
     if new:
         shutil.rmtree(mirror.folder, ignore_errors=True)  # of a run that was never sent

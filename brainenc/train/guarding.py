@@ -15,6 +15,7 @@ from brainenc.guard.policy import PolicyConfig, Thresholds
 from brainenc.guard.probe import take_reading
 from brainenc.guard.worker import WorkerGuard, WorkerGuardConfig
 from brainenc.train.config import TrainConfig
+from brainenc.train.elsewhere import resume_command
 
 _FIELDS = ("enabled", "ram", "gpu", "on_critical", "dwell_s")
 
@@ -59,7 +60,7 @@ def alone(
     if not is_guarded(config):
         yield NullGuard(), lambda reason: None
         return
-    office = Office(config.out, resume=f"brainenc train --resume {config.out}")
+    office = Office(config.out, resume=resume_command(config.out))
     extra: dict[str, Any] = {}
     if gpu:
         from brainenc.guard import pytorch

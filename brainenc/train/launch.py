@@ -14,6 +14,7 @@ from brainenc.guard.messages import EXIT_STOPPED_SAFELY
 from brainenc.train import finished, orders, prepare
 from brainenc.train.alone import train_alone
 from brainenc.train.config import TrainConfig, Workers
+from brainenc.train.elsewhere import address_of
 from brainenc.train.encoders.base import RIDGE
 from brainenc.train.follow import Note, Progress
 from brainenc.train.inputs import OpenViews, StoredViews
@@ -102,7 +103,7 @@ def resume(
     if warning := split_unknown(folder):
         note(warning)
     views = open_views or StoredViews(config)
-    prepare.check(config, views, note=note)
+    prepare.check(config, views, note=note, drills="drill" in (changes or {}))
     if changes:  # what is refused leaves the run as it was
         folder.update(asked)
     return _launch(config, views, progress or _ignore, note)
@@ -131,6 +132,8 @@ def _launch(config: TrainConfig, views: OpenViews, progress: Progress, note: Not
                 outcome = train_on_ray(config, workers, views, progress, note)
     except BrainencError as error:
         return _failed(config, error)
+    if (left := prepare.drills_not_happened(config)) and address_of(folder.path) is None:  # else marks lie elsewhere
+        note(f"Drills that have not happened by step {outcome.position.step}: {', '.join(left)}.")
     best = outcome.position.best
     return TrainResult(
         status=outcome.status, run_folder=config.out, epoch=outcome.position.epoch, step=outcome.position.step,

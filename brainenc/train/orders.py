@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Protocol
 
 from brainenc import atomic
 from brainenc.guard import signals
-from brainenc.guard.messages import Order, OrderKind, StepGuard
+from brainenc.guard.messages import STRENGTH, Order, OrderKind, StepGuard
 from brainenc.train.run_folder import RunFolder
 
+log = logging.getLogger(__name__)
 LOOK_EVERY_S = 0.25
 """A look at a local file takes microseconds, at one on a network mount milliseconds."""
 
@@ -47,16 +49,34 @@ class FolderOrders:
         self._folder, self._clock = folder, clock
         self._looked = -LOOK_EVERY_S
         self._order: Order | None = None
+        self._damaged = b""
 
     def pending(self) -> Order | None:
         """What lies in the folder."""
         now = self._clock()
         if self._order is None and now - self._looked >= LOOK_EVERY_S:
             self._looked = now
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                found = json.loads(order_file(self._folder).read_bytes())
-                self._order = Order(kind=found["kind"], reason=str(found["reason"]))
+            with contextlib.suppress(OSError):  # nothing there, or a mount that does not answer at the moment
+                self._order = self._read(order_file(self._folder).read_bytes())
         return self._order
+
+    def _read(self, data: bytes) -> Order | None:
+        """The order in the file; None, told once, where it holds none."""
+        try:
+            found = json.loads(data)
+            kind, reason = found["kind"], str(found["reason"])
+            if kind not in STRENGTH:
+                raise ValueError(f"there is no order {kind!r}")
+        except (ValueError, KeyError, TypeError) as error:
+            if data != self._damaged:
+                self._damaged = data
+                log.warning(
+                    "%s holds no order and is ignored (%s: %s). Wanted is for example "
+                    '{"kind": "stop", "reason": "enough"}, the kind one of %s.',
+                    order_file(self._folder), type(error).__name__, error, ", ".join(STRENGTH),
+                )  # fmt: skip
+            return None
+        return Order(kind=kind, reason=reason)
 
     def done(self) -> None:
         """A stop stays until the run is started again."""

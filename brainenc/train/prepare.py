@@ -12,11 +12,13 @@ from brainenc.datasets.rois import HEMISPHERES
 from brainenc.errors import CheckpointUnusable, ProvenanceMismatch, UsageError
 from brainenc.featurestore.places import may_be_mapped
 from brainenc.train import checkpoint
-from brainenc.train.config import TrainConfig
+from brainenc.train.config import TrainConfig, Workers
+from brainenc.train.drills import PRETENDED, Planned
 from brainenc.train.encoders.base import RIDGE
-from brainenc.train.guarding import thresholds
+from brainenc.train.guarding import is_guarded, thresholds
 from brainenc.train.inputs import OpenViews, open_samples, other_images, provenance, read_split, split_samples, usable
 from brainenc.train.model import check_encoder
+from brainenc.train.order import Order
 from brainenc.train.published import knows_no_data
 from brainenc.train.run_folder import RunFolder, save_array
 
@@ -24,8 +26,16 @@ _LATER_FIELDS = ("stimuli", "responses")
 """Hashes that checkpoints of earlier versions lack: those go on without this check."""
 
 
-def check(config: TrainConfig, open_views: OpenViews, *, note: Callable[[str], None]) -> None:
+def check(
+    config: TrainConfig, open_views: OpenViews, *, note: Callable[[str], None], drills: bool = True
+) -> None:  # fmt: skip
     """Open everything that a worker will open.
+
+    Args:
+        config: of the run.
+        open_views: opens the features.
+        note: called with lines for a person.
+        drills: also refuse drills that cannot happen.
 
     Raises:
         NotASubject: no subject folder.
@@ -38,6 +48,9 @@ def check(config: TrainConfig, open_views: OpenViews, *, note: Callable[[str], N
     queries = subject.rois.queries(config.encoder.readout)
     samples = open_samples(config, subject, open_views)
     train, _ = split_samples(samples, read_split(config, len(samples)))
+    if drills:
+        order = Order(n_samples=len(train), batch_size=config.batch_size, seed=config.seed)
+        refuse_idle_drills(config, config.epochs * order.steps_per_epoch)
     if config.encoder.encoder != RIDGE:
         encoder = replace(config.encoder, readout=queries.readout)
         check_encoder(encoder, queries, channels=samples.layout.channels, grid=samples.layout.grid)
@@ -56,6 +69,68 @@ def check(config: TrainConfig, open_views: OpenViews, *, note: Callable[[str], N
     ]
     if empty:
         note(f"ROIs without a vertex in this subject, kept and scored as missing: {', '.join(empty)}.")
+
+
+def refuse_idle_drills(config: TrainConfig, steps: int) -> None:
+    """A drill that cannot happen would pass for one that went well.
+
+    Args:
+        config: of the run.
+        steps: of the whole run.
+
+    Raises:
+        UsageError: one that has not happened yet is past the run's end, of a rank that is not there, or would alarm
+            nobody.
+    """
+    for text in config.drill:
+        planned = Planned.parse(text)
+        if planned.happened(RunFolder(config.out).drill_marks):
+            continue
+        if config.encoder.encoder == RIDGE:
+            raise UsageError(f"--drill {text}: a ridge run has no steps. Leave it out.")
+        if planned.step >= steps:
+            raise UsageError(
+                f"--drill {text}: the run has {steps} steps, and this would strike after {planned.step}. Choose a step "
+                f"below {steps}, for example {replace(planned, step=steps // 2).text}."
+            )
+        if config.workers is not None:
+            refuse_absent_ranks(config, Workers.parse(config.workers))
+        if planned.fault in PRETENDED:
+            _refuse_without_alarm(config, text, planned)
+
+
+def refuse_absent_ranks(config: TrainConfig, workers: Workers) -> None:
+    """Drills of ranks that there are not.
+
+    Raises:
+        UsageError: one that has not happened yet is of such a rank.
+    """
+    ranks = max(1, workers.high)
+    for text in config.drill:
+        planned = Planned.parse(text)
+        if planned.rank >= ranks and not planned.happened(RunFolder(config.out).drill_marks):
+            there = "rank 0 alone" if ranks == 1 else f"ranks 0 to {ranks - 1}"
+            raise UsageError(
+                f"--drill {text}: with --workers {workers} there is {there}. Write for example "
+                f"{replace(planned, rank=ranks - 1).text}, or ask for more --workers."
+            )
+
+
+def _refuse_without_alarm(config: TrainConfig, text: str, planned: Planned) -> None:
+    if not is_guarded(config):
+        raise UsageError(f"--drill {text} needs the guard, which this run has switched off: leave out --no-guard.")
+    critical = thresholds(config.guard).pair(planned.fault)[1]
+    if planned.value <= critical:
+        raise UsageError(
+            f"--drill {text}: the guard acts from {critical:g} on, so that this would alarm nobody. Write a fraction "
+            f"above {critical:g} and at most 1, for example {replace(planned, value=(1 + critical) / 2).text}."
+        )
+
+
+def drills_not_happened(config: TrainConfig) -> list[str]:
+    """Drills of the run that have left no mark."""
+    marks = RunFolder(config.out).drill_marks
+    return [text for text in config.drill if not Planned.parse(text).happened(marks)]
 
 
 def refuse_fewer_epochs(config: TrainConfig) -> None:

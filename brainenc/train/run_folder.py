@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,8 +50,8 @@ class RunFolder:
         """
         if self.config_file.exists():
             raise UsageError(
-                f"{self.path} holds a run already. Go on with it by `brainenc train --resume {self.path}`, or choose "
-                "another --out."
+                f"{self.path} holds a run already. Go on with it by `brainenc train --resume "
+                f"{shlex.quote(str(self.path))}`, or choose another --out."
             )
         for folder in (self.path, self.checkpoints):
             atomic.make_dirs(folder)

@@ -1,14 +1,19 @@
 """``guard status|probe|drill``, ``doctor`` and ``watch``, as typed."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
+from brainenc.cli import guard_practice
 from brainenc.cli.main import run
 from brainenc.extract.guard_record import guard_folder
+from brainenc.guard import banner
 from brainenc.guard.glances import WHY_NOT_COMPILED
 from brainenc.guard.messages import CheckpointAck, WorkerReport
 from brainenc.guard.office import Office
+from brainenc.guard.probe import MemoryUse, Reading, take_reading
 from brainenc.records import JsonLines
 
 
@@ -49,6 +54,34 @@ def test_status_as_json(run_folder, capsys):
     assert found["incidents"][0]["checkpoint"] == "/run/emergency"
     assert found["workers"]["rank1"]["level"] == "warn"
     assert found["open_order"] is None
+
+
+HOSTILE = {
+    "reading without fields": '{"kind":"reading","worker":"rank0"}\n{"kind":"closed","at":1}',
+    "reading of nobody": '{"kind":"reading"}',
+    "silent without worker": '{"kind":"reading","worker":"rank0"}\n{"kind":"silent"}',
+    "incident without number": '{"kind":"reading","worker":"rank0"}\n{"kind":"incident"}',
+    "incident of other kinds": '{"kind":"reading","worker":"rank0"}\n{"kind":"incident","number":"x","order":[],'
+    '"causes":[1],"acks":{"rank0":[]},"dead":3,"opened_at":"now","closed_at":"x","checkpoint":5}',
+    "order without fields": '{"kind":"reading","worker":"rank0"}\n{"kind":"order"}',
+    "other kinds": '{"kind":"reading","worker":["a"],"step":null,"epoch":"0","leaving":null,"node":3,"level":[],'
+    '"numbers":{"fraction":"a","gpus":[1,{"fraction":"b"}]}}',
+    "numbers a list": '{"kind":"warning","worker":"rank0","numbers":[]}',
+    "escape codes": '{"kind":"reading","worker":"rank0\\u001b]0;X\\u0007\\u001b[31m","level":"\\u001b[2J"}',
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_what_a_record_lacks_is_told_as_unknown(tmp_path, capsys, what):
+    (tmp_path / "guard.jsonl").write_text(HOSTILE[what] + "\n")
+
+    for arguments in (["guard", "status"], ["guard", "status", "--json"], ["watch", "--once"]):
+        assert run([*arguments, str(tmp_path)]) == 0, arguments
+        out, err = capsys.readouterr()
+        assert err == ""
+        assert "\x1b" not in out
+    run(["guard", "status", str(tmp_path)])
+    assert "step" in capsys.readouterr().out
 
 
 def test_status_of_no_run_is_wrong_usage(tmp_path, capsys):
@@ -104,13 +137,91 @@ def test_probe_for_people_says_what_it_would_make_of_it(capsys):
 def practise(folder, fault, capsys):
     assert run(["guard", "drill", "--fault", fault, "--out", str(folder), "--json"]) == 0
 
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    out, err = capsys.readouterr()
+    report = json.loads(out)  # one object and nothing else
     assert report["exit_codes"] == [0, 75, 0]
     assert report["passed"]
+    assert Path(report["saved"]).exists()
+    stages = [json.loads(line)["note"] for line in err.splitlines()]
+    assert stages == ["whole: undisturbed ...", f"struck: {fault} at step 17 ...", "struck: resumed ..."]
 
 
 def test_a_drill_passes_here(tmp_path, capsys):
     practise(tmp_path, "ram", capsys)
+
+
+def test_a_gpu_drill_without_a_gpu_says_what_was_not_tried(tmp_path, monkeypatch):
+    """Quick: the training itself is not run."""
+    if take_reading().gpus:
+        pytest.skip("this machine has a GPU")
+    done = subprocess.CompletedProcess([], 1, "", "not run")
+    monkeypatch.setattr(guard_practice, "_run", lambda folder, fault: done)
+
+    reports = {fault: guard_practice.practise(tmp_path, fault, lambda text: None) for fault in ("gpu", "ram")}
+
+    assert "a real GPU's memory was not tried" in reports["gpu"]["invented"]
+    assert reports["ram"]["invented"] == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["watch", "runs/a"], "it is `brainenc watch runs/a`"),
+        (["drill", "ram=0.95"], "write `brainenc guard drill --fault ram`"),
+        (["drill", "ram=0.95"], "brainenc train ... --drill ram=0.95@step=40"),
+        (["probe", "--disk", "/nonexistent"], "--disk /nonexistent: there is no such folder"),
+        (["probe", "--batch-size", "0"], "at least 1 sample, found 0"),
+    ],
+)
+def test_wrong_usage_is_told_with_the_right_one(capsys, arguments, said):
+    assert run(["guard", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "said"),
+    [
+        (None, "Thresholds for a batch of 4: RAM warning at 85%, emergency at 88%"),
+        (3, "Thresholds for a batch of 4, whose row is used for 3: RAM"),
+        (6, "Thresholds for a batch of 6: RAM warning at 83%, emergency at 86%; GPU warning at 88%"),
+        (16, "Thresholds for a batch of 8, whose row is used for 16: RAM warning at 80%"),
+    ],
+)
+def test_probe_names_the_thresholds_that_it_judges_by(capsys, batch_size, said):
+    arguments = ["guard", "probe"] + (["--batch-size", str(batch_size)] if batch_size else [])
+    assert run(arguments) == 0
+    assert said in capsys.readouterr().out
+    assert run([*arguments, "--json"]) == 0
+    assert f"batch of {json.loads(capsys.readouterr().out)['thresholds']['batch_size']}" in said
+
+
+def test_the_tightest_group_is_in_the_headline_of_a_fuller_host():
+    group, host = MemoryUse(10**8, 10**9, "/job"), MemoryUse(9 * 10**9, 10**10, "host")
+    wider = MemoryUse(10**8, 5 * 10**9, "/")
+
+    text = banner.resources(Reading(ram=host, levels=(group, wider, host)))
+
+    assert "RAM: 9.0GB / 10.0GB (90%), limit of host\n     0.1GB / 1.0GB (10%), limit of /job, the tightest" in text
+    assert "tightest" not in banner.resources(Reading(ram=group, levels=(group, host)))
+
+
+def test_status_says_of_a_checkpoint_that_it_was_removed(tmp_path, capsys):
+    """Of emergency checkpoints only the newest stays."""
+    office = Office(tmp_path)
+    office.report(WorkerReport(worker="rank0", seq=1, node="a", step=7))
+    for step in (8, 9):
+        saved = tmp_path / f"emergency_epoch0_step{step}"
+        order = office.trip("checkpoint", "node a is being taken away")
+        ack = CheckpointAck(order_id=order.id, worker="rank0", epoch=0, step=step, path=str(saved))
+        office.report(WorkerReport(worker="rank0", seq=step, node="a", step=step, ack=ack))
+    office.close()
+    saved.mkdir()
+
+    assert run(["guard", "status", str(tmp_path)]) == 0
+
+    out = capsys.readouterr().out
+    assert "emergency_epoch0_step8 (no longer there)" in out
+    assert "emergency_epoch0_step9. Of emergency checkpoints only the newest stays." in out
 
 
 @pytest.mark.chaos

@@ -44,6 +44,14 @@ class Run:
             mine["order"] = order
         return order
 
+    def protect(self, name, **changes):
+        """The worker gives itself an order, as its guard does on an alarm, and reports it."""
+        mine = self.state[name]
+        if mine["order"] is None:
+            own = f"{name}-1-{mine['seq']}"
+            mine["order"] = Order(kind="shrink", reason=f"{name} is full", id=own, step=mine["step"])
+        return self.report(name, **{"level": "critical", **changes})
+
     def save(self, name, *, ok=True, step=None):
         """The worker carries its order out."""
         mine = self.state[name]
@@ -248,6 +256,93 @@ def test_ranks_that_acted_together_answer_for_an_order_they_never_saw():
     assert set(run.incident.acks) == {"rank0", "rank1"}
 
 
+def test_two_ranks_that_protect_themselves_in_one_step_answer_each_under_its_own_name():
+    run = Run()
+    for name in ("rank0", "rank1"):
+        run.protect(name, step=20)
+    for name in ("rank0", "rank1"):
+        run.save(name, step=21)
+        run.report(name, step=21, level="ok")
+
+    assert (run.incident.outcome, len(run.coordinator.incidents)) == ("saved", 1)
+    assert [run.incident.acks[name].order_id.split("-")[0] for name in ("rank0", "rank1")] == ["rank0", "rank1"]
+    assert [run.report(name, step=22) for name in ("rank0", "rank1")] == [None, None], "it begins anew"
+
+
+def test_an_answer_to_a_shrink_is_none_to_the_stop_that_it_became():
+    run = Run()
+    for name in ("rank0", "rank1"):
+        run.protect(name, step=20)
+    run.coordinator.trip("stop", "SIGTERM", run.now)
+    for name in ("rank0", "rank1"):
+        run.save(name, step=21)
+        run.report(name, step=21, level="ok")
+
+    assert run.incident.acks == {}
+    assert run.coordinator.state == "collecting"
+
+
+def test_a_notice_during_an_incident_is_carried_out_after_it():
+    """A node is taken away while rank1 has not answered yet: what rank0 has saved is older than what it is at."""
+    run = Run()
+    run.report("rank1", step=7)
+    run.report("rank0", step=7, level="critical")
+    run.save("rank0")
+    run.report("rank0", step=90, level="ok")
+
+    assert run.coordinator.trip("checkpoint", "node a is being taken away", run.now).kind == "shrink"
+    run.report("rank1")
+    run.save("rank1")
+    run.report("rank1")
+
+    assert [i.outcome for i in run.coordinator.incidents] == ["saved", "open"]
+    assert (run.incident.order.kind, run.incident.order.reason) == ("checkpoint", "node a is being taken away")
+    for name in ("rank0", "rank1"):
+        assert run.report(name, step=91).kind == "checkpoint"
+        run.save(name)
+        run.report(name)
+    assert [(i.number, i.outcome, i.best.step) for i in run.coordinator.incidents] == [
+        (1, "saved", 7),
+        (2, "saved", 91),
+    ]
+
+
+def test_a_notice_is_done_with_when_the_incident_saves_a_step_so_new():
+    run = Run()
+    run.report("rank1", step=7)
+    run.report("rank0", step=7, level="critical")
+    run.coordinator.trip("checkpoint", "node a is being taken away", run.now)
+    for name in ("rank0", "rank1"):
+        run.report(name)
+        run.save(name, step=8)
+        run.report(name, level="ok")
+
+    assert [i.outcome for i in run.coordinator.incidents] == ["saved"]
+
+
+def test_a_notice_is_not_forgotten_with_an_incident_that_failed():
+    run = Run(["rank0"])
+    run.report("rank0", step=7, level="critical")
+    run.coordinator.trip("checkpoint", "node a is being taken away", run.now)
+    run.save("rank0", ok=False)
+
+    assert run.report("rank0", level="ok").reason == "node a is being taken away"
+
+
+def test_after_a_stop_nothing_else_is_ordered():
+    run = Run(["rank0"])
+    run.report("rank0", step=7, level="critical")
+    run.coordinator.trip("checkpoint", "node a is being taken away", run.now)
+    run.coordinator.trip("stop", "SIGTERM", run.now)
+    run.save("rank0", ok=False)
+    run.report("rank0")
+    run.wait(CONFIG.deadline_s + 1)
+    run.coordinator.trip("checkpoint", "node b is being taken away", run.now)
+
+    assert run.report("rank0").kind == "stop"
+    assert [i.order.kind for i in run.coordinator.incidents] == ["stop"]
+
+
 def test_a_stop_makes_an_open_shrink_stronger_and_wants_new_answers():
     run = Run()
     run.report("rank1")
@@ -334,7 +429,9 @@ EVENTS = {
     "failed1": lambda run: (run.save("rank1", ok=False), run.report("rank1")),
     "silence": lambda run: run.wait(3.5),
     "dwell": lambda run: run.wait(5.5),
+    "protects1": lambda run: run.protect("rank1"),
     "sigterm": lambda run: run.coordinator.trip("stop", "SIGTERM", run.now),
+    "notice": lambda run: run.coordinator.trip("checkpoint", "node a is being taken away", run.now),
     "restart": lambda run: setattr(run, "coordinator", run.new_coordinator()),
     "leave1": lambda run: run.report("rank1", leaving="failed: x"),
 }
@@ -343,12 +440,14 @@ EVENTS = {
 def check_story(events):
     """Play events; after each, what must always hold; at the end, nothing waits for ever."""
     run = Run()
-    strongest, ever_stopped = -1, False
+    strongest, ever_stopped, noticed = -1, False, None
     for event in events:
         if event == "restart":
-            strongest, ever_stopped = -1, False
+            strongest, ever_stopped, noticed = -1, False, None
         EVENTS[event](run)
         coordinator = run.coordinator
+        if event == "notice":
+            noticed = max((w["step"] for w in coordinator.status(run.now)["workers"].values()), default=-1)
         incident = coordinator.open_incident
         for past in coordinator.incidents:
             saved = any(ack.ok for ack in past.acks.values())
@@ -366,11 +465,16 @@ def check_story(events):
         ever_stopped = ever_stopped or event == "sigterm"
     run.wait(CONFIG.deadline_s + 1)
     assert run.coordinator.open_incident is None, "an incident that never ends"
+    if noticed is not None:
+        assert any(
+            past.order.kind == "stop" or past.order.step >= noticed or (past.best and past.best.step >= noticed)
+            for past in run.coordinator.incidents
+        ), "a notice was lost"
 
 
 @pytest.mark.parametrize("first", EVENTS)
 def test_every_sequence_of_four_events(first):
-    """12^4 stories in all: every order of reports, losses, answers, deaths, restarts."""
+    """14^4 stories in all: every order of reports, losses, answers, deaths, restarts."""
     for rest in itertools.product(EVENTS, repeat=3):
         check_story((first, *rest))
 
@@ -407,7 +511,7 @@ CHANGES = {
 }
 ANYTHING = st.one_of(
     st.tuples(st.sampled_from(sorted(CHANGES)), st.sampled_from(MIXED)),
-    st.tuples(st.sampled_from(("saved", "failed")), st.sampled_from(MIXED)),
+    st.tuples(st.sampled_from(("saved", "failed", "protects")), st.sampled_from(MIXED)),
     st.tuples(st.just("trip"), st.sampled_from(("stop", "shrink", "checkpoint"))),
     st.tuples(st.just("tick"), st.just("")),
     st.tuples(st.just("restart"), st.just("")),
@@ -428,6 +532,8 @@ def tell(kind, events):
             run.coordinator.trip(who, "SIGTERM", run.now)
         elif event == "restart":
             run.coordinator = run.new_coordinator()
+        elif event == "protects":
+            told.append(run.protect(who))
         else:
             if event in ("saved", "failed"):
                 run.save(who, ok=event == "saved")

@@ -1,5 +1,9 @@
 """The account of an incident, as a person reads it, and the record it is made from."""
 
+from contextlib import suppress
+
+import pytest
+
 from brainenc import records
 from brainenc.guard.history import read_history
 from brainenc.guard.incident import account
@@ -54,6 +58,16 @@ def test_a_new_coordinator_goes_on_counting_incidents(tmp_path):
 
     assert again.status()["incidents"][0]["number"] == 2
     again.close()
+
+
+def test_lines_that_others_have_damaged_do_not_keep_a_coordinator_from_starting(tmp_path):
+    (tmp_path / "guard.jsonl").write_text('{"kind":"incident","number":"x"}\n{"kind":"order","incident":[]}\n')
+
+    office = Office(tmp_path)
+    office.trip("stop", "SIGTERM")
+
+    assert office.status()["incidents"][0]["number"] == 1
+    office.close()
 
 
 def test_an_account_of_a_failure_names_the_dead(tmp_path):
@@ -133,6 +147,27 @@ def test_who_falls_silent_is_seen_and_a_run_that_ended_says_so(tmp_path):
 
     assert read_history(tmp_path).workers == {}, "another run: its own workers only"
     Office(tmp_path, successor=True).close()
+
+
+@pytest.mark.root
+def test_on_a_full_disk_orders_are_heard_all_the_same(small_disk, caplog):
+    """The record is lost, and that is told; a worker that hears of no order would lose more."""
+    with suppress(OSError), open(small_disk / "fill", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    office = Office(small_disk)
+    report = {"worker": "rank0", "node": "a", "step": 6}
+    office.report(WorkerReport(seq=1, **report))
+    order = office.trip("stop", "the driver received SIGTERM")
+
+    assert office.report(WorkerReport(seq=2, **report)).id == order.id
+    ack = CheckpointAck(order_id=order.id, worker="rank0", epoch=0, step=6, path="/spare/step6")
+    office.report(WorkerReport(seq=3, ack=ack, **report))
+    assert office.tick() == "stopped"
+    assert office.status()["incidents"][0]["checkpoint"] == "/spare/step6"
+    office.close()
+    told = [record.getMessage() for record in caplog.records]
+    assert sum(f"writing its record {small_disk}/guard.jsonl failed" in text for text in told) == 1
 
 
 def test_an_incident_that_the_end_of_the_run_overtakes_is_closed(tmp_path):

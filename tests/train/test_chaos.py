@@ -2,10 +2,12 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,29 @@ def test_sigterm_to_the_driver_of_two_workers_saves_and_exits_75(small, tmp_path
     assert "the driver received SIGTERM" in text
     emergency = [c for c in checkpoint.list_checkpoints(out / "checkpoints") if c.emergency]
     assert checkpoint.verify(emergency[0].folder).position.step == steps(out)
+
+
+@pytest.mark.ray
+@pytest.mark.root
+def test_sigterm_with_the_run_folder_on_a_full_disk_saves_elsewhere(make_small, tmp_path, small_disk):
+    """No order can be written there, and no record; the coordinator tells the ranks. Epochs are long, for each ends
+    with a checkpoint there."""
+    out = small_disk / "run"
+    process = start(command(make_small(tmp_path, n_train=2000, n_test=5), out, "1", 100000, "--snapshot-every", "0"))
+    wait_for(process, out / "metrics.jsonl")
+    with suppress(OSError), open(small_disk / "fill", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=100)
+
+    assert process.returncode == 75, text
+    assert "the order to stop could not be written" in text
+    saved = Path(text.partition("Emergency checkpoint saved: ")[2].partition(" (")[0])
+    assert small_disk not in saved.parents
+    assert checkpoint.verify(saved).position.step > 0
+    shutil.rmtree(saved.parent)
 
 
 @pytest.mark.ray

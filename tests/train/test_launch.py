@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from ray.train import ControllerError
@@ -19,6 +21,7 @@ from brainenc.cli.main import run as brainenc
 from brainenc.errors import ProvenanceMismatch, TrainingFailed, UsageError
 from brainenc.train import launch
 from brainenc.train.config import TrainConfig, Workers
+from brainenc.train.elsewhere import resume_command
 from brainenc.train.launch import resume, train
 from brainenc.train.on_ray import cluster
 from brainenc.train.on_ray.cluster import RayThere
@@ -278,6 +281,33 @@ def test_sigterm_saves_and_exits_75_and_resume_goes_on(small, tmp_path):
     assert resume(out, {"epochs": step // 5 + 1}).status == "done"
 
 
+def test_what_goes_on_with_a_run_can_be_typed_as_it_is_printed(small, tmp_path, capsys):
+    """A folder with a blank, and a bucket, whose local copy is nobody's business."""
+    out = tmp_path / "first run"
+    arguments = [
+        "train", "--subject-dir", str(small.subject_dir), "--store", str(small.store), "--feature", "tiny/1.q",
+        "--heads", "2", "--workers", "0", "--no-predict", "--drill", "sigterm@step=6", "--out",
+    ]  # fmt: skip
+    assert brainenc([*arguments, str(out)]) == 75
+    out_text, err = capsys.readouterr()
+    assert f"brainenc train --resume '{out}'\nWhat the guard saw: brainenc guard status '{out}'\n" in out_text
+    assert "  - Train: every batch\n" in err
+    assert f"To go on: brainenc train --resume '{out}'\n" in (out / "incident-1.txt").read_text()
+    with pytest.raises(UsageError, match=re.escape(f"`brainenc train --resume '{out}'`")):
+        RunFolder(out).create(small.config(out))
+
+    url = "memory://bucket/told"
+    assert brainenc([*arguments, url]) == 75
+    assert f"brainenc train --resume {url}" in capsys.readouterr().out
+    account = fsspec.filesystem("memory").cat("/bucket/told/incident-1.txt").decode()
+    assert f"To go on: brainenc train --resume {url}\n" in account
+
+
+def test_no_credentials_are_in_the_command_that_goes_on():
+    wanted = "brainenc train --resume s3://bucket/run --address auto"
+    assert resume_command("s3://KEY:SECRET@bucket/run", "auto") == wanted
+
+
 @pytest.mark.ray
 @pytest.mark.chaos
 def test_two_workers_of_ray_survive_a_kill_and_end_where_one_ends(small, tmp_path, ray_session, losses):
@@ -369,6 +399,32 @@ def test_a_head_that_does_not_answer_is_none_of_a_drivers_business_before_it_is_
     trainers.fit = lambda: time.sleep(1.1) or "fitted"
 
     assert fit(config, trainers, stopper, lambda text: None, lost=lambda: pytest.fail("it was asked")) == "fitted"
+
+
+class Tripped:
+    """Stands for the handle of the guard's coordinator."""
+
+    def __init__(self):
+        self.orders = []
+
+    def trip(self, kind, reason):
+        self.orders.append((kind, reason))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_signal_reaches_the_coordinator_though_the_run_folder_takes_no_file(small_disk, capsys, guarded):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    coordinator = Tripped() if guarded else None
+    stopper = Stopper(RunFolder(small_disk), coordinator)
+
+    stopper(signal.SIGTERM)
+
+    assert stopper.reason == "the driver received SIGTERM"
+    assert coordinator is None or coordinator.orders == [("stop", "the driver received SIGTERM")]
+    said = capsys.readouterr().err
+    assert f"could not be written to {small_disk}/.order.json" in said
+    assert ("send the signal again" in said) != guarded
 
 
 def test_a_head_is_lost_when_nothing_listens_there():

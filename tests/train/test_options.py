@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 
 import numpy as np
@@ -15,7 +16,7 @@ from brainenc.guard.messages import NullGuard
 from brainenc.train import checkpoint
 from brainenc.train.config import TrainConfig
 from brainenc.train.drills import Drills, Planned
-from brainenc.train.launch import train
+from brainenc.train.launch import resume, train
 from brainenc.train.orders import FolderOrders, Hearing, clear, give
 from brainenc.train.run_folder import RunFolder
 
@@ -72,8 +73,6 @@ def test_tensorboard_gets_the_figures(small, tmp_path):
 def test_weights_and_biases_gets_the_figures_under_the_same_run_after_a_resume(small, tmp_path, monkeypatch):
     """The library is not needed for this: the seam is four calls."""
     from types import SimpleNamespace
-
-    from brainenc.train.launch import resume
 
     logged, begun = [], []
 
@@ -154,6 +153,49 @@ def test_a_drill_happens_once_in_the_life_of_a_run(tmp_path):
     drills().at(step=4, rank=1)
 
 
+@pytest.mark.parametrize(
+    ("drill", "said"),
+    [
+        ("ram=0.95@step=3,rank=1", "rank 0 alone"),
+        ("oom@step=10", "the run has 10 steps"),
+        ("ram=0.5@step=3", "the guard acts from 0.88 on"),
+        ("gpu=0.92@step=3", "the guard acts from 0.92 on"),
+        ("ram=95@step=3", "looks like percent; wanted is a fraction: 0.95"),
+        ("ram=1.2@step=3", "is no fraction"),
+        ("ram=0@step=3", "is no fraction"),
+        ("ram@step=10", "Write for example ram=0.95@step=40"),
+        ("ram=1.2.3@step=3", "'1.2.3' is no number"),
+        ("ram=0.95", "@step= is missing. Write for example ram=0.95@step=40"),
+        ("oom=3@step=3", "oom takes no number"),
+        ("fire@step=3", "one of oom, kill, sigterm, ram, gpu"),
+    ],
+)
+def test_a_drill_that_cannot_happen_is_refused_before_a_folder_is_made(small, tmp_path, drill, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        train(small.config(tmp_path / "run", drill=(drill,), guard={}))
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_drill_of_the_guard_is_refused_without_it(small, tmp_path):
+    with pytest.raises(UsageError, match="leave out --no-guard"):
+        train(small.config(tmp_path / "run", drill=("ram=0.95@step=3",)))
+
+
+def test_drills_that_did_not_happen_are_told_at_the_end_and_new_ones_happen_after_a_resume(small, tmp_path):
+    """The first is for a step that the run never comes by; a mark is of one drill, not of its place in the list."""
+    notes = []
+    stopped = train(
+        small.config(tmp_path / "run", drill=("sigterm@step=3", "sigterm@step=9"), predict=False), note=notes.append
+    )
+    assert stopped.exit_code == 75
+    assert notes[-1] == f"Drills that have not happened by step {stopped.step}: sigterm@step=9."
+    again = resume(tmp_path / "run", {"drill": ("sigterm@step=8", "oom@step=2")}, note=notes.append)
+
+    assert again.exit_code == 75
+    assert notes[-1] == f"Drills that have not happened by step {again.step}: oom@step=2."
+
+
 def test_a_drill_signals_no_stranger_on_another_machine(tmp_path):
     planned = [Planned.parse("sigterm@step=4")]
     drills = Drills(
@@ -182,6 +224,22 @@ def test_an_order_in_the_run_folder_is_heard_now_and_then(tmp_path):
     guard.saved(path="x", step=1, epoch=0)
     assert guard.pending().kind == "stop"
     clear(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"kind": "dance", "reason": "x"}', '{"kind": []}', "null", '{"kind": "st'])
+def test_a_damaged_order_is_told_once_and_ignored(tmp_path, caplog, text):
+    folder, now = RunFolder(tmp_path), [0.0]
+    source = FolderOrders(folder, lambda: now[0])
+    (tmp_path / ".order.json").write_text(text)
+
+    for now[0] in (1.0, 2.0, 3.0):
+        assert source.pending() is None
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
+        f"{tmp_path}/.order.json holds no order and is ignored"
+    ]
+    give(folder, "stop", "enough")
+    now[0] = 4.0
+    assert source.pending().kind == "stop"
 
 
 def test_figures_of_a_step_are_sensible(small, tmp_path):

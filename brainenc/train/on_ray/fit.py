@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from brainenc.errors import BrainencError, TrainingFailed
-from brainenc.guard import signals
+from brainenc.guard import banner, signals
 from brainenc.metrics import Gauges
-from brainenc.train import orders
+from brainenc.train import orders, prepare
 from brainenc.train.config import TrainConfig, Workers
-from brainenc.train.elsewhere import elsewhere
+from brainenc.train.elsewhere import elsewhere, resume_command
 from brainenc.train.fitting import Outcome
 from brainenc.train.follow import Note, Progress, following
 from brainenc.train.inputs import OpenViews
@@ -36,6 +36,8 @@ _WRITERS_PATIENCE_S = 40.0
 def train_on_ray(config: TrainConfig, asked: Workers | None, views: OpenViews, progress: Progress, note: Note) -> Any:
     with joined(config, asked) as there:
         workers = asked or default_workers(config.device, there.gpus)
+        if not RunFolder(config.out).metrics_file.exists():  # a run that goes on may do so with fewer
+            prepare.refuse_absent_ranks(config, workers)
         each = per_worker(config.device, there.gpus)
         if text := about_gpus(config, workers, each, there):
             note(text)
@@ -96,7 +98,7 @@ def fit(
             if tries <= 0 or stopper.reason:
                 raise TrainingFailed(
                     f"Ray's controller of {config.out} failed: {cause}. What was saved stays: "
-                    f"`{resume_command(config)}` goes on from the newest checkpoint."
+                    f"`{resume_command(config.out, config.address)}` goes on from the newest checkpoint."
                 ) from error
             tries -= 1
             note(f"Ray's controller of this training failed ({cause}); another goes on from the newest checkpoint.")
@@ -115,9 +117,21 @@ class Stopper:
 
     def __call__(self, number: int) -> None:
         self.reason = reason = f"the driver received {signals.name(number)}"
-        orders.give(self._folder, "stop", reason)
         if self._coordinator is not None:
             self._coordinator.trip("stop", reason)
+        try:
+            orders.give(self._folder, "stop", reason)
+        except OSError as error:  # a full or read-only disk; raised here it would end the driver in place of the ranks
+            banner.say(self._untold(error))
+
+    def _untold(self, error: OSError) -> str:
+        trouble = f"brainenc: the order to stop could not be written to {orders.order_file(self._folder)} ({error})"
+        if self._coordinator is not None:
+            return f"{trouble}; the ranks hear of it from the guard's coordinator."
+        return (
+            f"{trouble}, and without a guard the ranks hear of it in no other way. Make room there and send the signal "
+            "again; what was saved last stays."
+        )
 
 
 @contextmanager
@@ -135,7 +149,7 @@ def _coordinator(config: TrainConfig, workers: Workers, each: Mapping[str, float
         note(conflict)
     handle = start_coordinator(
         config.out, workers.high, on_critical=guard.on_critical, dwell_s=guard.policy.dwell_s,
-        resume=resume_command(config),
+        resume=resume_command(config.out, config.address),
         goes_on=lambda there, leaving: room_without(leaving, there, each) >= workers.low,
     )  # fmt: skip
     try:
@@ -224,11 +238,6 @@ def _in_thread(call: Callable[[], Any], lost: Callable[[], bool]) -> Any:
     return future.result()
 
 
-def resume_command(config: TrainConfig) -> str:
-    """What goes on with a run, where it was: the run itself does not know which Ray it is on."""
-    return f"brainenc train --resume {config.out}" + (f" --address {config.address}" if config.address else "")
-
-
 def _cause(failures: Mapping[int, BaseException], config: TrainConfig) -> BrainencError:
     """The error to show of those that workers died of: one of ours that is not just the echo of another's death."""
     from brainenc.train.team import RankLost
@@ -240,7 +249,7 @@ def _cause(failures: Mapping[int, BaseException], config: TrainConfig) -> Braine
     ranks = "; ".join(f"rank {rank}: {_first_line(error)}" for rank, error in sorted(failures.items()))
     return TrainingFailed(
         f"Training failed {config.max_failures + 1} times, the last time with {ranks}. What was saved stays: "
-        f"`{resume_command(config)}` goes on from the newest checkpoint."
+        f"`{resume_command(config.out, config.address)}` goes on from the newest checkpoint."
     )
 
 
