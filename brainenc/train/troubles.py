@@ -24,7 +24,7 @@ def as_error(verdict: Verdict, what: str, position: Position) -> BrainencError:
     Args:
         verdict: of all ranks.
         what: the first troubled rank's own words.
-        position: the last finished step.
+        position: the last finished step of the ranks whose weights count.
     """
     ranks = ", ".join(map(str, verdict.who))
     last = f"The last finished step is {position.step}"
@@ -39,5 +39,9 @@ def as_error(verdict: Verdict, what: str, position: Position) -> BrainencError:
             f"Rank {ranks} ran out of memory with one sample at a time: {what}. {last}. Use fewer workers on this "
             "machine, a smaller --hidden, or features with fewer tokens."
         )
-    when = "in the update after the others had gone on" if verdict.trouble == Trouble.BROKEN else "in its own part"
-    return TrainingFailed(f"Rank {ranks} failed {when} of step {position.step}: {what}. {last}.")
+    when, step = "in its own part", position.step
+    if verdict.trouble == Trouble.BROKEN:
+        when = "in the update"
+        if verdict.healthy:  # they have finished the step that failed
+            when, step = "in the update after the others had gone on,", position.step - 1
+    return TrainingFailed(f"Rank {ranks} failed {when} of step {step}: {what}. {last}.")
