@@ -29,6 +29,8 @@ from brainenc.train.team import RankLost, Team
 from brainenc.train.troubles import as_error, ids, told
 from brainenc.train.validation import Part, Validation, predict_part
 
+_NOBODY = "no rank's weights are whole"
+
 _UNSAVED_BORNE = 2
 """Checkpoints that may fail before the run is ended for it."""
 
@@ -325,6 +327,8 @@ class Fit:
             at: the position of those ranks.
         """
         answer = ""
+        if not verdict.healthy:  # what was saved on the spot is of this very step: its update began after it
+            answer = next((text for text in self._team.exchange_text(self._on_the_spot) if text), f"!{_NOBODY}")
         for writer in verdict.healthy:
             mine = ""
             if self._team.rank == writer:
@@ -335,7 +339,7 @@ class Fit:
             answer = self._team.exchange_text(mine)[writer]
             if not answer.startswith("!"):
                 break
-        path, why = ("", answer[1:]) if answer.startswith("!") or not answer else (answer, "")
+        path, why = ("", answer[1:]) if answer.startswith("!") else (answer, "")
         self._hooks.guard.saved(path=path, step=at.step, epoch=at.epoch, error=why)
         return path, why
 
@@ -351,12 +355,14 @@ class Fit:
         reason = what or self._reason(verdict)
         position = self._last_finished(verdict)
         began = time.perf_counter()
-        if verdict.save or verdict.wish == Wish.STOP:
+        if verdict.save or verdict.wish == Wish.STOP or verdict.trouble == Trouble.BROKEN:
             path, unsaved = self._emergency(verdict, reason, position)
         took = time.perf_counter() - began
         self._settle()
-        error = as_error(verdict, what, position) if verdict.trouble and verdict.wish != Wish.STOP else None
-        if unsaved and error is None:
+        error: BrainencError | None = None
+        if verdict.trouble and (verdict.wish != Wish.STOP or unsaved):
+            error = as_error(verdict, what, position, unsaved)
+        elif unsaved:
             error = TrainingFailed(f"Stopped at step {position.step} ({reason}), but nothing was saved: {unsaved}")
         status: Status = "failed" if error else "stopped"
         return Outcome(

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from brainenc.guard.messages import Order
 from brainenc.train import checkpoint
 from brainenc.train.saver import Saver
 from brainenc.train.schedule import Clock
@@ -85,8 +86,10 @@ def test_alone_nothing_is_saved_of_a_step_that_was_not_finished(
     (outcome,) = run_ranks(config, 1, lambda rank: victims(rank) or {"guard": guard})
 
     assert max(saved_steps(tmp_path / "run"), default=0) <= FINISHED
-    assert outcome.position.step == FINISHED
-    assert not outcome.checkpoint
+    assert (outcome.status, outcome.position.step, outcome.checkpoint) == ("failed", FINISHED, "")
+    said = "Rank 0 failed in the update of step 2: MemoryError: refused in the middle. The last finished step is 2, and"
+    assert f"{said} nothing was saved of it: no rank's weights are whole." in str(outcome.error)
+    assert [(path, step) for path, step, *_ in guard.acks] == [("", FINISHED)]
 
 
 @pytest.mark.parametrize("due", DUE)
@@ -108,6 +111,44 @@ def test_a_rank_whose_update_ended_saves_the_step_instead(small, tmp_path, run_r
         said = "Rank 0 failed in the update after the others had gone on, of step 2: MemoryError: refused in the middle"
         assert said in str(outcomes[0].error)
         assert "The last finished step is 3." in str(outcomes[0].error)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stop_that_nobody_can_save_for_is_no_safe_stop(small, tmp_path, run_ranks, stop_at, torn, ranks):
+    """The order comes when every rank's update has failed already: exit 1 and not 75, with the first error."""
+    victims, heard = torn(*range(ranks)), [stop_at(10**9) for _ in range(ranks)]
+    plain = torch.optim.AdamW.step
+
+    def ordered(self, closure=None):
+        try:
+            return plain(self, closure)
+        except MemoryError:
+            for guard in heard:
+                guard.step = 0
+            raise
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", ordered)
+        outcomes = run_ranks(
+            small.config(tmp_path / "run"), ranks, lambda rank: victims(rank) or {"guard": heard[rank]}
+        )
+
+    assert [(o.status, o.position.step, o.checkpoint) for o in outcomes] == [("failed", FINISHED, "")] * ranks
+    assert "MemoryError: refused in the middle" in str(outcomes[0].error)
+    assert "no rank's weights are whole" in str(outcomes[0].error)
+
+
+def test_what_was_saved_on_the_spot_before_the_update_failed_counts(small, tmp_path, run_ranks, stop_at, torn):
+    """Short of time, the guard has the finished step saved first; then the update fails as well."""
+    (guard,), victims = guards(stop_at, "stop", 1), torn(0)
+    order = Order(kind="stop", reason="filling fast", urgent=True)
+    guard.pending = lambda: order if guard.now == FINISHED else None
+
+    (outcome,) = run_ranks(small.config(tmp_path / "run"), 1, lambda rank: victims(rank) or {"guard": guard})
+
+    assert (outcome.status, outcome.position.step) == ("stopped", FINISHED)
+    assert saved_steps(tmp_path / "run") == [FINISHED]
+    assert outcome.checkpoint.endswith("emergency_epoch0_step2")
 
 
 def test_a_rank_that_failed_goes_on_with_the_others_from_what_they_saved(
