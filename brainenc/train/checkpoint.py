@@ -100,18 +100,19 @@ class Contents:
 def write(root: Path, contents: Contents, *, emergency: bool = False, reason: str = "", verify_it: bool = True) -> Path:
     """Write a checkpoint below ``root``; durable and verified on return.
 
-    A whole checkpoint of the same position that is there already is kept, if it was validated as this one was; one
-    that is not whole is replaced.
+    A whole checkpoint of the same run and position that is there already is kept, if it was validated as this one was;
+    one that is not whole, or that another run has left in this place, is replaced.
 
     Raises:
         NoSpace: the disk or quota is full; nothing is left behind.
-        CheckpointUnusable: what was read back is not what was written.
+        CheckpointUnusable: what was read back is not what was written, or another run writes to this place, too.
         OSError: the folder cannot be written to.
     """
     final = root / contents.position.name(emergency=emergency)
     if final.exists():
         with contextlib.suppress(CheckpointUnusable):
-            if verify(final).position.validated >= contents.position.validated:
+            there = verify(final)
+            if _run_of(there) == _run_of(contents) and there.position.validated >= contents.position.validated:
                 return final
     atomic.make_dirs(root)
     partial = atomic.partial_name(final)
@@ -126,7 +127,11 @@ def write(root: Path, contents: Contents, *, emergency: bool = False, reason: st
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another rank has just published the same position
             shutil.rmtree(partial, ignore_errors=True)
-            verify(final)
+            if _run_of(verify(final)) != _run_of(contents):
+                raise CheckpointUnusable(
+                    f"{final} is of another run, and cannot be replaced: that run writes to {root} now, or its files "
+                    "are not ours to remove. Give each run a place of its own."
+                ) from error
             return final
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno in _FULL:
@@ -139,6 +144,11 @@ def write(root: Path, contents: Contents, *, emergency: bool = False, reason: st
         raise
     atomic.fsync_dir(root)
     return final
+
+
+def _run_of(what: Manifest | Contents) -> str:
+    """Which run; an earlier one in the same folder had another id."""
+    return str(what.config.get("id", ""))
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -300,7 +310,7 @@ def newest(roots: Iterable[Path], run_id: str | None = None) -> Choice:
     for candidate in candidates:
         try:
             manifest = verify(candidate.folder)
-            if run_id is None or manifest.config.get("id", "") == run_id:
+            if run_id is None or _run_of(manifest) == run_id:
                 return Choice(folder=candidate.folder, manifest=manifest, skipped=tuple(skipped))
             skipped.append(f"{candidate.folder} belongs to another run that was in this place.")
         except CheckpointUnusable as error:

@@ -19,7 +19,7 @@ from brainenc.train import checkpoint
 from brainenc.train.checkpoint import Contents, Position
 
 
-def contents(step: int = 3, *, width: int = 8) -> Contents:
+def contents(step: int = 3, *, width: int = 8, run: str = "") -> Contents:
     torch.manual_seed(step)
     model = torch.nn.Linear(width, 5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -27,8 +27,8 @@ def contents(step: int = 3, *, width: int = 8) -> Contents:
     optimizer.step()
     return Contents(
         position=Position(step=step, epoch=step // 10, validated=1, micro_batch=4, best=0.25),
-        weights=model.state_dict, optimizer=optimizer.state_dict(), config={"seed": 1}, provenance={"subject": "x"},
-        random={"seed": 1},
+        weights=model.state_dict, optimizer=optimizer.state_dict(),
+        config={"seed": 1} | ({"id": run} if run else {}), provenance={"subject": "x"}, random={"seed": 1},
     )  # fmt: skip
 
 
@@ -98,6 +98,16 @@ def test_writing_the_same_position_again_keeps_a_whole_one_and_replaces_a_torn_o
     assert os.stat(checkpoint.write(tmp_path, contents())).st_ino == before
     (folder / "state.pt").write_bytes(b"")
     checkpoint.verify(checkpoint.write(tmp_path, contents()))
+
+
+def test_the_same_position_of_another_run_is_no_checkpoint_of_this_one(tmp_path):
+    """What an earlier run left where emergency checkpoints go when the run folder takes none."""
+    checkpoint.write(tmp_path, contents(run="old"), emergency=True)
+
+    folder = checkpoint.write(tmp_path, contents(run="new"), emergency=True)
+
+    assert checkpoint.verify(folder).config["id"] == "new"
+    assert os.listdir(tmp_path) == [folder.name]
 
 
 def test_a_full_disk_leaves_nothing_behind_and_older_ones_whole(tmp_path, monkeypatch):
@@ -200,6 +210,22 @@ def test_two_writers_of_one_position_leave_one_whole_checkpoint(tmp_path, monkey
     folder = checkpoint.write(tmp_path, given)
 
     checkpoint.verify(folder)
+    assert os.listdir(tmp_path) == ["epoch0_step3"]
+
+
+def test_another_run_that_is_quicker_at_the_same_place_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    plain, raced = os.rename, []
+
+    def slow(source, target):
+        if not raced:
+            raced.append(True)
+            checkpoint.write(tmp_path, contents(run="other"))
+        return plain(source, target)
+
+    monkeypatch.setattr(os, "rename", slow)
+    with pytest.raises(CheckpointUnusable, match="is of another run, and cannot be replaced"):
+        checkpoint.write(tmp_path, contents(run="mine"))
+
     assert os.listdir(tmp_path) == ["epoch0_step3"]
 
 
