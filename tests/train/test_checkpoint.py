@@ -135,9 +135,44 @@ def test_pruning_keeps_the_newest_the_best_and_the_newest_emergency(tmp_path):
     for step in (2, 3):
         checkpoint.write(tmp_path, contents(step), emergency=True)
 
-    checkpoint.prune(tmp_path, keep=2, best="epoch0_step1")
+    checkpoint.prune(tmp_path / "epoch0_step4", keep=2, best="epoch0_step1")
 
     assert sorted(os.listdir(tmp_path)) == ["emergency_epoch0_step3", "epoch0_step1", "epoch0_step3", "epoch0_step4"]
+
+
+def test_pruning_counts_and_removes_what_is_of_its_own_run_only(tmp_path):
+    """An earlier run in the same place had come further; the new one keeps its own two."""
+    old = {checkpoint.write(tmp_path, contents(step, run="old")).name for step in (70, 80)}
+    for step in (10, 20, 30):
+        checkpoint.prune(checkpoint.write(tmp_path, contents(step, run="new")), keep=2)
+
+    assert set(os.listdir(tmp_path)) == {*old, "epoch2_step20", "epoch3_step30"}
+    assert checkpoint.newest([tmp_path], "new").manifest.position.step == 30
+
+
+def test_pruning_never_removes_whole_ones_in_favour_of_damaged_ones(tmp_path):
+    """The run went on from step 50, because the newer ones were torn."""
+    for step in (40, 50, 100, 110):
+        checkpoint.write(tmp_path, contents(step))
+    for step in (100, 110):
+        (tmp_path / f"epoch{step // 10}_step{step}" / checkpoint.WEIGHTS).write_bytes(b"torn")
+
+    removed = checkpoint.prune(checkpoint.write(tmp_path, contents(60)), keep=2)
+
+    assert [path.name for path in removed] == ["epoch4_step40"]
+    assert checkpoint.newest([tmp_path]).manifest.position.step == 60
+    checkpoint.prune(checkpoint.write(tmp_path, contents(120)), keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["epoch12_step120", "epoch6_step60"]
+
+
+def test_what_a_death_left_half_removed_goes_and_what_cannot_be_understood_stays(tmp_path):
+    newer = checkpoint.write(tmp_path, contents(10)) / checkpoint.MANIFEST
+    newer.write_text(newer.read_text().replace('"version": 1', '"version": 99'))
+    (checkpoint.write(tmp_path, contents(20)) / checkpoint.MANIFEST).unlink()
+
+    checkpoint.prune(checkpoint.write(tmp_path, contents(30)), keep=1)
+
+    assert sorted(os.listdir(tmp_path)) == ["epoch1_step10", "epoch3_step30"]
 
 
 def test_keys_that_differ_are_named(tmp_path):
