@@ -154,7 +154,7 @@ def test_after_a_rank_was_killed_the_end_is_bit_equal(small, tmp_path, ray_sessi
     assert result.status == "done", result.reason
     assert equal(state(Path(killed.out)), state(Path(whole.out)))
     runs = {r["step"]: r["run"] for r in RunFolder(killed.out).metrics()}
-    assert sorted(set(runs.values())) == [0, 1]
+    assert runs[max(runs)] == 1, "it was started again once; from where depends on what was saved by then"
     log = (Path(killed.out) / "train.log").read_text()
     assert log.count("Going on from") + log.count("beginning again") == 1, "it says where it went on"
 
