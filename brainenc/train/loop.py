@@ -282,7 +282,7 @@ class Fit:
         if verdict.stop:
             return self._end(verdict)
         if verdict.wish:
-            self._emergency(verdict, self._reason(verdict), self.position)
+            self._emergency(verdict, self._reason(verdict))
             self._order, self._on_the_spot = None, ""
         elif verdict.save:
             self._checkpoint()
@@ -318,13 +318,13 @@ class Fit:
                 f"{self._stepper.micro_batch} from here on, accumulated to the same batch."
             )
 
-    def _emergency(self, verdict: Verdict, reason: str, at: Position) -> tuple[str, str]:
+    def _emergency(self, verdict: Verdict, reason: str, at: Position | None = None) -> tuple[str, str]:
         """Have the first rank that can write a whole copy; all ranks hear where it lies, or why there is none.
 
         Args:
             verdict: with the ranks whose weights count.
             reason: goes into the checkpoint.
-            at: the position of those ranks.
+            at: the position of those ranks, where this one is not among them.
         """
         answer = ""
         if not verdict.healthy:  # what was saved on the spot is of this very step: its update began after it
@@ -340,6 +340,7 @@ class Fit:
             if not answer.startswith("!"):
                 break
         path, why = ("", answer[1:]) if answer.startswith("!") else (answer, "")
+        at = at or self.position
         self._hooks.guard.saved(path=path, step=at.step, epoch=at.epoch, error=why)
         return path, why
 
