@@ -47,6 +47,15 @@ class Incident:
         """The acknowledged checkpoint of the newest step."""
         return max((ack for ack in self.acks.values() if ack.ok), key=lambda ack: ack.step, default=None)
 
+    @property
+    def done_again(self) -> int:
+        """Steps of training that were done when the order came, and are not in the checkpoint: of workers that were
+        started again meanwhile, or that saved on the spot what another one had gone beyond."""
+        best = self.best
+        if best is None or self.roles.get(best.worker, "train") != "train":
+            return 0
+        return max(0, self.order.step - best.step)
+
     def close(self, outcome: Outcome, now: float) -> None:
         """It is over."""
         self.outcome, self.closed_at = outcome, now
@@ -65,6 +74,7 @@ class Incident:
                 for name, a in sorted(self.acks.items())
             },
             "checkpoint": best.path if best else None, "step": best.step if best else None,
+            "done_again": self.done_again,
         }  # fmt: skip
 
 
@@ -120,12 +130,19 @@ def account(incident: Mapping[str, Any], resume: str = "", *, gone: bool = False
     lines += [f"  {name}, {_progress(ack)}: {_answer(ack, order)}" for name, ack in incident["acks"].items()]
     lines += [f"  {name} fell silent before it answered" for name in incident["dead"]]
     took = f" after {incident['closed_at'] - opened:.2f} s" if incident["closed_at"] else ""
-    lines.append(f"Outcome: {incident['outcome']}{took}.")
+    again = incident.get("done_again", 0)  # not in records of earlier versions
+    older = ", but only an older step" if again else ""
+    lines.append(f"Outcome: {incident['outcome']}{took}{older}.")
     if incident["checkpoint"] and not any(_extracts(ack) for ack in incident["acks"].values()):
         lines.append(
             f"The checkpoint of step {incident['step']} lies in {incident['checkpoint']}"
             + (" (no longer there)." if gone else ". Of emergency checkpoints only the newest stays.")
         )
+        if again:
+            lines.append(
+                f"The order came after step {order['step']}: what was done from step {incident['step']} to "
+                f"{order['step']} is done again."
+            )
     if resume:
         lines.append(f"To go on: {resume}")
     return "\n".join(lines)

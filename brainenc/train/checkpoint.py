@@ -100,18 +100,19 @@ class Contents:
 def write(root: Path, contents: Contents, *, emergency: bool = False, reason: str = "", verify_it: bool = True) -> Path:
     """Write a checkpoint below ``root``; durable and verified on return.
 
-    A whole checkpoint of the same position that is there already is kept, if it was validated as this one was; one
-    that is not whole is replaced.
+    A whole checkpoint of the same run and position that is there already is kept, if it was validated as this one was;
+    one that is not whole, or that another run has left in this place, is replaced.
 
     Raises:
         NoSpace: the disk or quota is full; nothing is left behind.
-        CheckpointUnusable: what was read back is not what was written.
+        CheckpointUnusable: what was read back is not what was written, or another run writes to this place, too.
         OSError: the folder cannot be written to.
     """
     final = root / contents.position.name(emergency=emergency)
     if final.exists():
         with contextlib.suppress(CheckpointUnusable):
-            if verify(final).position.validated >= contents.position.validated:
+            there = verify(final)
+            if _run_of(there) == _run_of(contents) and there.position.validated >= contents.position.validated:
                 return final
     atomic.make_dirs(root)
     partial = atomic.partial_name(final)
@@ -126,7 +127,11 @@ def write(root: Path, contents: Contents, *, emergency: bool = False, reason: st
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another rank has just published the same position
             shutil.rmtree(partial, ignore_errors=True)
-            verify(final)
+            if _run_of(verify(final)) != _run_of(contents):
+                raise CheckpointUnusable(
+                    f"{final} is of another run, and cannot be replaced: that run writes to {root} now, or its files "
+                    "are not ours to remove. Give each run a place of its own."
+                ) from error
             return final
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno in _FULL:
@@ -139,6 +144,11 @@ def write(root: Path, contents: Contents, *, emergency: bool = False, reason: st
         raise
     atomic.fsync_dir(root)
     return final
+
+
+def _run_of(what: Manifest | Contents) -> str:
+    """Which run; an earlier one in the same folder had another id."""
+    return str(what.config.get("id", ""))
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -300,7 +310,7 @@ def newest(roots: Iterable[Path], run_id: str | None = None) -> Choice:
     for candidate in candidates:
         try:
             manifest = verify(candidate.folder)
-            if run_id is None or manifest.config.get("id", "") == run_id:
+            if run_id is None or _run_of(manifest) == run_id:
                 return Choice(folder=candidate.folder, manifest=manifest, skipped=tuple(skipped))
             skipped.append(f"{candidate.folder} belongs to another run that was in this place.")
         except CheckpointUnusable as error:
@@ -373,39 +383,71 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def prune(root: Path, *, keep: int, best: str | None = None) -> list[Path]:
-    """Remove regular checkpoints but the newest ``keep`` and the best, and emergency ones but the newest.
+def prune(written: Path, *, keep: int, best: str | None = None) -> list[Path]:
+    """Remove what the checkpoint that was just written has made superfluous, beside it and of the same run.
 
-    The best are the one of that name and the one with the highest score in its manifest: a pointer may be behind.
-    Call it after a newer one is durable, never before.
+    Of its run stay: this one; the newest ``keep`` regular ones up to it and the newest emergency one; the best, which
+    are the one of that name and the one with the highest score in its manifest (a pointer may be behind). Only whole
+    ones count. Newer ones are left alone, since a run that writes here has passed them over; and so are those of other
+    runs, whose data it is not for this one to remove. What has no manifest was being removed when somebody died.
+
+    Args:
+        written: the checkpoint, durable.
+        keep: see above.
+        best: name of the best checkpoint.
+
+    Returns:
+        The folders that were removed.
     """
-    found = list_checkpoints(root)
-    regular = [f for f in found if not f.emergency]
-    spare = [*regular[keep:], *[f for f in found if f.emergency][1:]]
-    if spare:
-        kept = {best, _highest(found)}
-        spare = [f for f in spare if f.folder.name not in kept]
-    for one in spare:
-        discard(one.folder)
-    return [one.folder for one in spare]
+    manifest = read_manifest(written)
+    here = {found: _Seen.at(found.folder) for found in list_checkpoints(written.parent)}
+    ours = [found for found, seen in here.items() if seen.run == _run_of(manifest)]
+    whole = [found for found in ours if here[found].whole]
+    regular = [found for found in whole if not found.emergency and found.step <= manifest.position.step]
+    emergency = [found for found in whole if found.emergency]
+    highest = max((f for f in whole if here[f].score is not None), key=lambda f: here[f].rank(f), default=None)
+    kept = {written.name, best, *(f.folder.name for f in (*regular[:keep], *emergency[:1], highest) if f is not None)}
+    spare = [
+        found.folder
+        for found, seen in here.items()
+        if (found in ours or seen.half_removed)
+        and found.step <= manifest.position.step
+        and found.folder.name not in kept
+    ]
+    for folder in spare:
+        discard(folder)
+    return spare
 
 
-def _highest(found: Iterable[Found]) -> str | None:
-    """Name of the checkpoint with the highest score of the newest one's run; files cut short do not count."""
-    scores: dict[str, tuple[float, int, bool]] = {}
-    run_id: str | None = None
-    for one in found:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """What a folder tells without its bytes being read."""
+
+    run: str | None = None
+    """None: it does not tell whose it is, or cannot be looked at now."""
+    score: float | None = None
+    whole: bool = False
+    """Its files have the sizes in its manifest."""
+    half_removed: bool = False
+
+    @classmethod
+    def at(cls, folder: Path) -> _Seen:
         try:
-            manifest = read_manifest(one.folder)
-            sizes = {name: (one.folder / name).stat().st_size for name in manifest.files}
+            if not (folder / MANIFEST).exists():
+                return cls(half_removed=True)
+            manifest = read_manifest(folder)
+            sizes = {name: path.stat().st_size for name in manifest.files if (path := folder / name).is_file()}
         except (CheckpointUnusable, OSError):
-            continue
-        run_id = manifest.config.get("id", "") if run_id is None else run_id
+            return cls()
         perf = manifest.position.val_perf
-        whole = all(sizes[name] == entry["bytes"] for name, entry in manifest.files.items())
-        if whole and perf is not None and perf == perf and manifest.config.get("id", "") == run_id:
-            scores[one.folder.name] = (perf, -one.step, not one.emergency)
-    return max(scores, key=lambda name: scores[name], default=None)
+        return cls(
+            run=_run_of(manifest), score=perf if perf == perf else None,
+            whole=all(sizes.get(name) == entry["bytes"] for name, entry in manifest.files.items()),
+        )  # fmt: skip
+
+    def rank(self, found: Found) -> tuple[float, int, bool]:
+        """The best is the first of the highest score."""
+        return (self.score or 0.0, -found.step, not found.emergency)
 
 
 def wait_for_writers(roots: Sequence[Path], *, patience_s: float, still_s: float = 3.0) -> None:

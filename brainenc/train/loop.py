@@ -11,7 +11,9 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+
+import numpy as np
 
 from brainenc.errors import BrainencError, TrainingFailed
 from brainenc.guard.messages import Order, OutOfTime
@@ -21,11 +23,13 @@ from brainenc.train.data import Batch, Loader
 from brainenc.train.fitting import FitSettings, Hooks, Outcome, Status
 from brainenc.train.saver import Saver
 from brainenc.train.schedule import Clock, learning_rate
-from brainenc.train.status import Trouble, Verdict, Wish, Word, decide
+from brainenc.train.status import Trouble, Verdict, Wish, Word, after_update, decide
 from brainenc.train.step import Stepper, is_out_of_memory
 from brainenc.train.team import RankLost, Team
 from brainenc.train.troubles import as_error, ids, told
 from brainenc.train.validation import Part, Validation, predict_part
+
+_NOBODY = "no rank's weights are whole"
 
 _UNSAVED_BORNE = 2
 """Checkpoints that may fail before the run is ended for it."""
@@ -61,6 +65,7 @@ class Fit:
         self._failure = ""
         """What went wrong here since the last exchange."""
         self._broken = False
+        """The update failed here: the position is that of the step before, and this rank saves nothing more."""
         self._unsaved = 0
         self._torn = False
         self._order: Order | None = None
@@ -110,15 +115,11 @@ class Fit:
         while True:
             word = self._word()
             try:
-                if batch is None:
-                    batch = next(batches)
-                    word = replace(word, waited=self._train.waited)
-                self._hooks.drill.at(step=self.position.step, rank=self._team.rank)
-                with self._hooks.guard.computing():
-                    loss = self._stepper.local(batch, self.position.step)
-                word = replace(word, loss=loss, samples=batch.count)
-                if not math.isfinite(loss):
-                    word = self._not_finite(word, loss, batch)
+                if not self._broken:  # it would be thrown away, and might fail again: the first failure is to be heard
+                    if batch is None:
+                        batch = next(batches)
+                        word = replace(word, waited=self._train.waited)
+                    word = self._local(word, batch)
             except OutOfTime as stop:
                 word = self._out_of_time(word, stop)
             except Exception as error:
@@ -126,9 +127,17 @@ class Fit:
             verdict = decide(self._team.exchange(self._with_wishes(word).row()))
             if verdict.go:
                 ended = self._go(verdict, epoch, began, batch)
-                return ended if ended is not None else self._after(verdict)
+                return ended if ended is not None else self._after(self._updated(verdict))
             if (ended := self._after(verdict)) is not None:
                 return ended
+
+    def _local(self, word: Word, batch: Batch) -> Word:
+        """This rank's forward and backward."""
+        self._hooks.drill.at(step=self.position.step, rank=self._team.rank)
+        with self._hooks.guard.computing():
+            loss = self._stepper.local(batch, self.position.step)
+        word = replace(word, loss=loss, samples=batch.count)
+        return word if math.isfinite(loss) else self._not_finite(word, loss, batch)
 
     def _word(self) -> Word:
         if not self._broken and self._unsaved <= _UNSAVED_BORNE:
@@ -186,13 +195,13 @@ class Fit:
         rate = learning_rate(
             self._settings.learning_rate, epoch, drop=self._settings.lr_drop, gamma=self._settings.lr_gamma
         )
-        norm = 0.0
         try:
             norm = self._stepper.update(rate, self._updating)
         except RankLost:
             raise
         except Exception as error:
             self._broken, self._failure = True, told(error)
+            return None
         if not math.isfinite(norm):
             self._failure = f"the gradient of step {self.position.step} has the norm {norm}{ids(batch)}"
             return self._end(replace(verdict, trouble=Trouble.NOT_FINITE, go=False, save=False))
@@ -207,6 +216,13 @@ class Fit:
                 "steps": self._steps_per_epoch * self._settings.epochs,
             })  # fmt: skip
         return None
+
+    def _updated(self, verdict: Verdict) -> Verdict:
+        """Where something is to be saved, first hear whose update ended; other steps hear it with the next word."""
+        if not (verdict.save or verdict.snapshot):
+            return verdict
+        failed = self._team.exchange(np.array([self._broken], dtype=np.float64))[:, 0]
+        return after_update(verdict, failed.astype(bool).tolist())
 
     # ------------------------------------------------------------------ trouble on this rank
 
@@ -276,12 +292,12 @@ class Fit:
 
     def _take_snapshot(self) -> None:
         cost = 0.0
-        if self._team.local_rank == 0 and self._saver.can_snapshot and not self._saver.busy:
+        if self._team.local_rank == 0 and self._whole and self._saver.can_snapshot and not self._saver.busy:
             cost = self._saver.snapshot(self._contents())
         self._snapshots.done(self._hooks.clock(), cost)
 
     def _checkpoint(self, *, best: bool = False) -> None:
-        if self._team.rank == 0:
+        if self._team.rank == 0 and self._whole:
             try:
                 self._saver.checkpoint(self._contents(), best=best)
             except (OSError, BrainencError) as error:
@@ -302,9 +318,17 @@ class Fit:
                 f"{self._stepper.micro_batch} from here on, accumulated to the same batch."
             )
 
-    def _emergency(self, verdict: Verdict, reason: str) -> tuple[str, str]:
-        """Have the first rank that can write a whole copy; all ranks hear where it lies, or why there is none."""
+    def _emergency(self, verdict: Verdict, reason: str, at: Position | None = None) -> tuple[str, str]:
+        """Have the first rank that can write a whole copy; all ranks hear where it lies, or why there is none.
+
+        Args:
+            verdict: with the ranks whose weights count.
+            reason: goes into the checkpoint.
+            at: the position of those ranks, where this one is not among them.
+        """
         answer = ""
+        if not verdict.healthy:  # what was saved on the spot is of this very step: its update began after it
+            answer = next((text for text in self._team.exchange_text(self._on_the_spot) if text), f"!{_NOBODY}")
         for writer in verdict.healthy:
             mine = ""
             if self._team.rank == writer:
@@ -315,8 +339,9 @@ class Fit:
             answer = self._team.exchange_text(mine)[writer]
             if not answer.startswith("!"):
                 break
-        path, why = ("", answer[1:]) if answer.startswith("!") or not answer else (answer, "")
-        self._hooks.guard.saved(path=path, step=self.position.step, epoch=self.position.epoch, error=why)
+        path, why = ("", answer[1:]) if answer.startswith("!") else (answer, "")
+        at = at or self.position
+        self._hooks.guard.saved(path=path, step=at.step, epoch=at.epoch, error=why)
         return path, why
 
     def _reason(self, verdict: Verdict) -> str:
@@ -329,30 +354,44 @@ class Fit:
         what = next((text for text in self._team.exchange_text(self._failure) if text), "") if verdict.trouble else ""
         path, unsaved = "", ""
         reason = what or self._reason(verdict)
+        position = self._last_finished(verdict)
         began = time.perf_counter()
-        if verdict.save or verdict.wish == Wish.STOP:
-            path, unsaved = self._emergency(verdict, reason)
+        if verdict.save or verdict.wish == Wish.STOP or verdict.trouble == Trouble.BROKEN:
+            path, unsaved = self._emergency(verdict, reason, position)
         took = time.perf_counter() - began
         self._settle()
-        error = as_error(verdict, what, self.position) if verdict.trouble and verdict.wish != Wish.STOP else None
-        if unsaved and error is None:
-            error = TrainingFailed(f"Stopped at step {self.position.step} ({reason}), but nothing was saved: {unsaved}")
+        error: BrainencError | None = None
+        if verdict.trouble and (verdict.wish != Wish.STOP or unsaved):
+            error = as_error(verdict, what, position, unsaved)
+        elif unsaved:
+            error = TrainingFailed(f"Stopped at step {position.step} ({reason}), but nothing was saved: {unsaved}")
         status: Status = "failed" if error else "stopped"
         return Outcome(
             status=status,
-            position=self.position,
+            position=position,
             reason=reason,
             checkpoint=path or self._on_the_spot,
             save_s=took,
             error=error,
         )
 
+    def _last_finished(self, verdict: Verdict) -> Position:
+        """The position of the ranks whose weights count: those whose update failed are a step behind them."""
+        if verdict.trouble != Trouble.BROKEN or not verdict.healthy:
+            return self.position
+        return Position(**self._team.broadcast(asdict(self.position), verdict.healthy[0]))
+
+    @property
+    def _whole(self) -> bool:
+        """Whether this rank's weights are those of one step, so that they may be saved."""
+        return not (self._broken or self._torn)
+
     def save_what_is_whole(self) -> None:
         """Another rank is gone, or this one is going: save the last finished step, if this rank's copy counts.
 
         Called outside any update, so that the weights are those between two steps.
         """
-        if self._broken or self._torn or self.position.step == 0:
+        if not self._whole or self.position.step == 0:
             return
         try:
             self._saver.emergency(self._contents(), "another rank was lost")
@@ -394,11 +433,12 @@ class Fit:
             word = self._word()
             predicted: list[Part] = []
             try:
-                if batch is None:
-                    batch = next(batches)
-                with self._hooks.guard.computing():
-                    total, predicted = predict_part(self._stepper, batch)
-                word = replace(word, loss=total, samples=batch.count)
+                if not self._broken:
+                    if batch is None:
+                        batch = next(batches)
+                    with self._hooks.guard.computing():
+                        total, predicted = predict_part(self._stepper, batch)
+                    word = replace(word, loss=total, samples=batch.count)
             except OutOfTime as stop:
                 word = self._out_of_time(word, stop)
             except Exception as error:

@@ -98,7 +98,7 @@ class Saver:
         if best:
             self.folder.point("best", **pointer, val_perf=position.best)
         kept = (self.folder.pointed("best") or {}).get("checkpoint")
-        checkpoint.prune(self.folder.checkpoints, keep=self.keep, best=kept)
+        checkpoint.prune(path, keep=self.keep, best=kept)
         self._published(path)
 
     def recorded(self, run_id: str) -> float | None:
@@ -118,8 +118,8 @@ class Saver:
     def _rolling(self, contents: Contents) -> None:
         # Hashes are made while writing and compared when a snapshot is used: reading each one back would cost more
         # than it tells, since the next one follows in seconds.
-        checkpoint.write(self.snapshots, contents, verify_it=False)
-        checkpoint.prune(self.snapshots, keep=SNAPSHOTS_KEPT)
+        path = checkpoint.write(self.snapshots, contents, verify_it=False)
+        checkpoint.prune(path, keep=SNAPSHOTS_KEPT)
 
     def emergency(self, contents: Contents, reason: str) -> Path:
         """Write the state now, to the run folder or else to the next place that takes it; durable on return.

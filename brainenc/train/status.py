@@ -8,6 +8,7 @@ are made by rank 0 alone and travel in its word.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
 
 import numpy as np
@@ -25,7 +26,7 @@ class Trouble(enum.IntEnum):
     ERROR = 3
     """Data could not be read, or the program failed, before "go"; weights are whole."""
     BROKEN = 4
-    """Something failed after "go": this rank's weights do not count any more."""
+    """The update failed after "go": this rank's weights do not count any more, and its step is not finished."""
 
 
 class Wish(enum.IntEnum):
@@ -127,3 +128,24 @@ def decide(words: npt.NDArray[np.float64]) -> Verdict:
         shrink=wants_less and not stop,
         stop=stop,
     )
+
+
+def after_update(verdict: Verdict, failed: Sequence[bool]) -> Verdict:
+    """The verdict on a step after its update, when something is to be saved: weights half of one step are not.
+
+    Args:
+        verdict: from before the update, with "go".
+        failed: of every rank, whether its update failed.
+
+    Returns:
+        The same where all updates ended; else what :func:`decide` would make of it at the next step, so that a rank
+        whose update ended saves instead.
+    """
+    who = tuple(rank for rank, it_failed in enumerate(failed) if it_failed)
+    if not who:
+        return verdict
+    healthy = tuple(rank for rank in verdict.healthy if rank not in who)
+    return replace(
+        verdict, go=False, save=bool(healthy), snapshot=False, shrink=False, stop=True, trouble=Trouble.BROKEN,
+        who=who, healthy=healthy,
+    )  # fmt: skip

@@ -18,16 +18,22 @@ def ids(batch: Batch | None) -> str:
     return f" on the samples {', '.join(batch.ids)}" if batch is not None else ""
 
 
-def as_error(verdict: Verdict, what: str, position: Position) -> BrainencError:
+def as_error(verdict: Verdict, what: str, position: Position, unsaved: str = "") -> BrainencError:
     """What a run that ends for a trouble ends with.
 
     Args:
         verdict: of all ranks.
         what: the first troubled rank's own words.
-        position: the last finished step.
+        position: the last finished step of the ranks whose weights count.
+        unsaved: why it could not be saved; empty: it was, or need not be.
     """
     ranks = ", ".join(map(str, verdict.who))
     last = f"The last finished step is {position.step}"
+    if unsaved:
+        last += (
+            f", and nothing was saved of it: {unsaved.rstrip('.')}. `brainenc train --resume RUN` goes on from the "
+            "newest checkpoint or snapshot"
+        )
     if verdict.trouble == Trouble.NOT_FINITE:
         return LossNotFinite(
             f"Training stopped: {what}. The weights of step {position.step} are finite, and the last good checkpoint "
@@ -39,5 +45,9 @@ def as_error(verdict: Verdict, what: str, position: Position) -> BrainencError:
             f"Rank {ranks} ran out of memory with one sample at a time: {what}. {last}. Use fewer workers on this "
             "machine, a smaller --hidden, or features with fewer tokens."
         )
-    when = "in the update after the others had gone on" if verdict.trouble == Trouble.BROKEN else "in its own part"
-    return TrainingFailed(f"Rank {ranks} failed {when} of step {position.step}: {what}. {last}.")
+    when, step = "in its own part", position.step
+    if verdict.trouble == Trouble.BROKEN:
+        when = "in the update"
+        if verdict.healthy:  # they have finished the step that failed
+            when, step = "in the update after the others had gone on,", position.step - 1
+    return TrainingFailed(f"Rank {ranks} failed {when} of step {step}: {what}. {last}.")

@@ -162,6 +162,9 @@ def _start(
     steps = team.exchange(np.array([found.manifest.position.step if found.manifest else -1], dtype=np.float64))[:, 0]
     holder = int(steps.argmax())
     start = Position(step=0, epoch=0)
+    if steps[holder] < 0 and team.rank == 0 and writer.folder.metrics_file.exists():  # it has trained before
+        none = "No checkpoint or snapshot can be used" if found.skipped else "No checkpoint or snapshot yet"
+        notes(f"{none}: beginning again.")
     if steps[holder] >= 0:
         if team.rank == holder and found.folder is not None and found.manifest is not None:
             checkpoint.load_weights(found.folder, model)

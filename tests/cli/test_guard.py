@@ -146,10 +146,6 @@ def practise(folder, fault, capsys):
     assert stages == ["whole: undisturbed ...", f"struck: {fault} at step 17 ...", "struck: resumed ..."]
 
 
-def test_a_drill_passes_here(tmp_path, capsys):
-    practise(tmp_path, "ram", capsys)
-
-
 def test_a_gpu_drill_without_a_gpu_says_what_was_not_tried(tmp_path, monkeypatch):
     """Quick: the training itself is not run."""
     if take_reading().gpus:
@@ -225,7 +221,7 @@ def test_status_says_of_a_checkpoint_that_it_was_removed(tmp_path, capsys):
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("fault", ["gpu", "oom", "sigterm"])
+@pytest.mark.parametrize("fault", ["ram", "gpu", "oom", "sigterm"])
 def test_every_drill_passes_here(tmp_path, fault, capsys):
     practise(tmp_path, fault, capsys)
 

@@ -453,6 +453,8 @@ def check_story(events):
             saved = any(ack.ok for ack in past.acks.values())
             assert past.outcome != "saved" or saved, "saved without a durable checkpoint"
             assert past.outcome not in ("failed", "timed out") or not saved, "a checkpoint was there all the same"
+            older = saved and max(ack.step for ack in past.acks.values() if ack.ok) < past.order.step
+            assert bool(past.done_again) == older, "an older step than that of the order, and nobody is told"
         assert sum(past.outcome == "open" for past in coordinator.incidents) <= 1
         assert [past.number for past in coordinator.incidents] == list(range(1, len(coordinator.incidents) + 1))
         assert incident is None or not set(incident.dead) & set(incident.acks)

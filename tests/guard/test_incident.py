@@ -83,6 +83,29 @@ def test_an_account_of_a_failure_names_the_dead(tmp_path):
     assert "Outcome: failed" in text
 
 
+def test_a_late_answer_of_an_older_step_is_told_as_that(tmp_path):
+    """All died before they had answered; one that was started again began with an older snapshot, and saved that."""
+    clock = FakeClock(100.0)
+    office = Office(tmp_path, clock=clock)
+    office.report(WorkerReport(worker="rank0", seq=1, pid=1, step=40))
+    order = office.trip("stop", "SIGTERM")
+    clock.advance(10)
+    office.tick()
+    assert "Outcome: failed after 10.00 s." in (tmp_path / "incident-1.txt").read_text()
+
+    again = {"worker": "rank0", "pid": 2, "step": 12}
+    assert office.report(WorkerReport(seq=1, **again)).id == order.id
+    ack = CheckpointAck(order_id=order.id, worker="rank0", epoch=0, step=12, path="/run/step12")
+    office.report(WorkerReport(seq=2, ack=ack, **again))
+    office.close()
+
+    text = (tmp_path / "incident-1.txt").read_text()
+    assert "Outcome: saved after 10.00 s, but only an older step." in text
+    assert "The checkpoint of step 12 lies in /run/step12." in text
+    assert "The order came after step 40: what was done from step 12 to 40 is done again." in text
+    assert read_history(tmp_path).incidents[0]["done_again"] == 28
+
+
 def test_who_obeys_is_no_cause_and_no_reason_is_empty(tmp_path):
     """A signal to the driver: the ranks report the order that they carry out, and nothing of their own."""
     office = Office(tmp_path)

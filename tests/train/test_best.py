@@ -65,19 +65,19 @@ def folder(tmp_path) -> RunFolder:
 def test_pruning_spares_the_highest_score_though_nothing_points_to_it(folder):
     names = [save(folder, step, perf) for step, perf in ((5, 0.1), (10, 0.5), (15, 0.3), (20, None), (25, 0.2))]
 
-    checkpoint.prune(folder.checkpoints, keep=1, best=names[0])
+    checkpoint.prune(folder.checkpoints / names[-1], keep=1, best=names[0])
 
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == sorted([names[0], names[1], names[4]])
 
 
 def test_pruning_does_not_take_a_checkpoint_cut_short_or_of_another_run_for_the_best(folder):
-    save(folder, 5, 0.9, run="before")
+    before = save(folder, 5, 0.9, run="before")
     names = [save(folder, step, perf, run="now") for step, perf in ((10, 0.8), (15, 0.3), (20, 0.2))]
     (folder.checkpoints / names[0] / checkpoint.WEIGHTS).write_bytes(b"short")
 
-    checkpoint.prune(folder.checkpoints, keep=1)
+    checkpoint.prune(folder.checkpoints / names[-1], keep=1)
 
-    assert sorted(p.name for p in folder.checkpoints.iterdir()) == sorted(names[1:])
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == sorted([before, *names[1:]])
 
 
 @pytest.mark.parametrize("pointer", [None, "lesser", "gone", "right"])

@@ -167,7 +167,7 @@ def test_sigterm_to_every_process_at_once_loses_at_most_a_snapshot(small, tmp_pa
 
 @pytest.mark.ray
 @pytest.mark.parametrize("attempt", range(3))
-def test_killing_a_rank_costs_no_step_and_the_end_is_bit_equal(small, tmp_path, ray_session, attempt):
+def test_after_a_rank_was_killed_the_end_is_bit_equal(small, tmp_path, ray_session, attempt):
     """Rank 0 or 1, in different steps; with dropout, at the same number of workers."""
     whole = small.config(tmp_path / "whole", epochs=4, workers="2")
     faults = ("kill@step=3,rank=1", "kill@step=9,rank=0", "kill@step=14,rank=1")
@@ -179,7 +179,9 @@ def test_killing_a_rank_costs_no_step_and_the_end_is_bit_equal(small, tmp_path, 
     assert result.status == "done", result.reason
     assert equal(state(Path(killed.out)), state(Path(whole.out)))
     runs = {r["step"]: r["run"] for r in RunFolder(killed.out).metrics()}
-    assert sorted(set(runs.values())) == [0, 1]
+    assert runs[max(runs)] == 1, "it was started again once; from where depends on what was saved by then"
+    log = (Path(killed.out) / "train.log").read_text()
+    assert log.count("Going on from") + log.count("beginning again") == 1, "it says where it went on"
 
 
 @pytest.mark.ray

@@ -19,7 +19,7 @@ from brainenc.train import checkpoint
 from brainenc.train.checkpoint import Contents, Position
 
 
-def contents(step: int = 3, *, width: int = 8) -> Contents:
+def contents(step: int = 3, *, width: int = 8, run: str = "") -> Contents:
     torch.manual_seed(step)
     model = torch.nn.Linear(width, 5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -27,8 +27,8 @@ def contents(step: int = 3, *, width: int = 8) -> Contents:
     optimizer.step()
     return Contents(
         position=Position(step=step, epoch=step // 10, validated=1, micro_batch=4, best=0.25),
-        weights=model.state_dict, optimizer=optimizer.state_dict(), config={"seed": 1}, provenance={"subject": "x"},
-        random={"seed": 1},
+        weights=model.state_dict, optimizer=optimizer.state_dict(),
+        config={"seed": 1} | ({"id": run} if run else {}), provenance={"subject": "x"}, random={"seed": 1},
     )  # fmt: skip
 
 
@@ -100,6 +100,16 @@ def test_writing_the_same_position_again_keeps_a_whole_one_and_replaces_a_torn_o
     checkpoint.verify(checkpoint.write(tmp_path, contents()))
 
 
+def test_the_same_position_of_another_run_is_no_checkpoint_of_this_one(tmp_path):
+    """What an earlier run left where emergency checkpoints go when the run folder takes none."""
+    checkpoint.write(tmp_path, contents(run="old"), emergency=True)
+
+    folder = checkpoint.write(tmp_path, contents(run="new"), emergency=True)
+
+    assert checkpoint.verify(folder).config["id"] == "new"
+    assert os.listdir(tmp_path) == [folder.name]
+
+
 def test_a_full_disk_leaves_nothing_behind_and_older_ones_whole(tmp_path, monkeypatch):
     """The error is the operating system's own; only the write that fails is chosen here."""
     checkpoint.write(tmp_path, contents(1))
@@ -125,9 +135,44 @@ def test_pruning_keeps_the_newest_the_best_and_the_newest_emergency(tmp_path):
     for step in (2, 3):
         checkpoint.write(tmp_path, contents(step), emergency=True)
 
-    checkpoint.prune(tmp_path, keep=2, best="epoch0_step1")
+    checkpoint.prune(tmp_path / "epoch0_step4", keep=2, best="epoch0_step1")
 
     assert sorted(os.listdir(tmp_path)) == ["emergency_epoch0_step3", "epoch0_step1", "epoch0_step3", "epoch0_step4"]
+
+
+def test_pruning_counts_and_removes_what_is_of_its_own_run_only(tmp_path):
+    """An earlier run in the same place had come further; the new one keeps its own two."""
+    old = {checkpoint.write(tmp_path, contents(step, run="old")).name for step in (70, 80)}
+    for step in (10, 20, 30):
+        checkpoint.prune(checkpoint.write(tmp_path, contents(step, run="new")), keep=2)
+
+    assert set(os.listdir(tmp_path)) == {*old, "epoch2_step20", "epoch3_step30"}
+    assert checkpoint.newest([tmp_path], "new").manifest.position.step == 30
+
+
+def test_pruning_never_removes_whole_ones_in_favour_of_damaged_ones(tmp_path):
+    """The run went on from step 50, because the newer ones were torn."""
+    for step in (40, 50, 100, 110):
+        checkpoint.write(tmp_path, contents(step))
+    for step in (100, 110):
+        (tmp_path / f"epoch{step // 10}_step{step}" / checkpoint.WEIGHTS).write_bytes(b"torn")
+
+    removed = checkpoint.prune(checkpoint.write(tmp_path, contents(60)), keep=2)
+
+    assert [path.name for path in removed] == ["epoch4_step40"]
+    assert checkpoint.newest([tmp_path]).manifest.position.step == 60
+    checkpoint.prune(checkpoint.write(tmp_path, contents(120)), keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["epoch12_step120", "epoch6_step60"]
+
+
+def test_what_a_death_left_half_removed_goes_and_what_cannot_be_understood_stays(tmp_path):
+    newer = checkpoint.write(tmp_path, contents(10)) / checkpoint.MANIFEST
+    newer.write_text(newer.read_text().replace('"version": 1', '"version": 99'))
+    (checkpoint.write(tmp_path, contents(20)) / checkpoint.MANIFEST).unlink()
+
+    checkpoint.prune(checkpoint.write(tmp_path, contents(30)), keep=1)
+
+    assert sorted(os.listdir(tmp_path)) == ["epoch1_step10", "epoch3_step30"]
 
 
 def test_keys_that_differ_are_named(tmp_path):
@@ -200,6 +245,22 @@ def test_two_writers_of_one_position_leave_one_whole_checkpoint(tmp_path, monkey
     folder = checkpoint.write(tmp_path, given)
 
     checkpoint.verify(folder)
+    assert os.listdir(tmp_path) == ["epoch0_step3"]
+
+
+def test_another_run_that_is_quicker_at_the_same_place_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    plain, raced = os.rename, []
+
+    def slow(source, target):
+        if not raced:
+            raced.append(True)
+            checkpoint.write(tmp_path, contents(run="other"))
+        return plain(source, target)
+
+    monkeypatch.setattr(os, "rename", slow)
+    with pytest.raises(CheckpointUnusable, match="is of another run, and cannot be replaced"):
+        checkpoint.write(tmp_path, contents(run="mine"))
+
     assert os.listdir(tmp_path) == ["epoch0_step3"]
 
 

@@ -377,6 +377,7 @@ def test_no_controller_follows_when_everybody_was_asked_to_stop(tmp_path, small)
     assert trainers.made == 1
 
 
+@pytest.mark.chaos
 def test_nobody_waits_for_a_ray_whose_head_was_stopped_as_well(tmp_path, small, monkeypatch):
     """It would wait a minute, and then end this process. One look that fails is not enough."""
     monkeypatch.setattr("brainenc.train.on_ray.fit._LOST_AFTER", 2)

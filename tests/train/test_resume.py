@@ -91,6 +91,27 @@ def test_a_torn_newest_checkpoint_is_passed_over_and_said(small, tmp_path, run_r
     assert equal(final_state(config.out), final_state(whole))
 
 
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_run_that_has_to_begin_again_says_so(small, tmp_path, run_ranks, whole, torn):
+    """Killed before anything was saved, or with nothing whole; a new run begins without a word."""
+    config, notes = small.config(tmp_path / "run"), []
+    hear = {"on_note": notes.append}
+    run_ranks(small.config(tmp_path / "new", epochs=1), around=lambda rank: hear)
+    assert not [n for n in notes if "beginning" in n]
+    shutil.copytree(whole, config.out)
+    for found in checkpoint.list_checkpoints(RunFolder(config.out).checkpoints):
+        if torn:
+            (found.folder / checkpoint.STATE).write_bytes(b"torn")
+        else:
+            checkpoint.discard(found.folder)
+
+    run_ranks(config, around=lambda rank: hear)
+
+    said = f"No checkpoint or snapshot {'can be used' if torn else 'yet'}: beginning again."
+    assert notes.count(said) == 1
+    assert said in RunFolder(config.out).log_file.read_text()
+
+
 def test_records_of_steps_done_twice_count_once(small, tmp_path, run_ranks, whole, losses):
     """The run counter says which line is newer; readers see one line for each step."""
     config = small.config(tmp_path / "run")

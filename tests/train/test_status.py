@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainenc.train.status import Trouble, Wish, Word, decide
+from brainenc.train.status import Trouble, Wish, Word, after_update, decide
 
 words = st.builds(
     Word,
@@ -85,3 +85,19 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint_the_newest():
 def test_ranks_at_different_steps_are_a_bug():
     with pytest.raises(AssertionError, match="different steps"):
         verdict(Word(step=1), Word(step=2))
+
+
+@given(st.lists(words, min_size=1, max_size=5), st.data())
+def test_whoever_failed_in_the_update_saves_nothing_and_ends_the_run(given_words: list[Word], data):
+    before = verdict(*given_words)
+    failed = data.draw(st.lists(st.booleans(), min_size=len(given_words), max_size=len(given_words)))
+
+    found = after_update(before, failed)
+
+    if not any(failed):
+        assert found == before
+    else:
+        assert (found.stop, found.snapshot, found.shrink, found.trouble) == (True, False, False, Trouble.BROKEN)
+        assert not any(failed[rank] for rank in found.healthy)
+        assert found.save == bool(found.healthy)
+        assert found.wish == before.wish
