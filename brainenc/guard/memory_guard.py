@@ -455,7 +455,7 @@ class MemoryGuard:
         elif order is not self._asked and self._relieved(order):
             self._drop_alarm()
             self._tell_watcher(self._hearing)
-        elif training and not order.urgent and not self._place.exact:
+        elif training and (self._place.may_mend or not (order.urgent or self._place.exact)):
             self._attention = True  # the next boundary from which the numbers go on as they were, or when time is up
         elif order.kind == "shrink":
             self._shrink(order)

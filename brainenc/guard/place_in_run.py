@@ -13,6 +13,8 @@ SETTLING_S = 0.02
 """So soon after an update whatever belongs to it is done as well."""
 _LONG_S = 0.05
 """Steps that take longer have their random states kept every time: 0.05 ms, which is a thousandth of them."""
+_MENDS_WITHIN = 3
+"""So many batches a script that went on after a broken update may take to finish another."""
 _MOST_BATCHES = 64
 """So many batches an update may take."""
 
@@ -50,7 +52,7 @@ class PlaceInRun:
         self._stepped = False
         self._since = self._takes = 0
         """Batches that have begun since the last update, and how many one has taken at most."""
-        self._updates = 0
+        self._updates = self._broken_for = 0
         self._counted = self._hooked = False
         self._mark: Boundary | None = None
         self._rng: dict[str, Any] | None = None
@@ -83,6 +85,7 @@ class PlaceInRun:
         self._began, self.step, self._stepped, self._rng = now, step, False, None
         self._ended, self.begun = False, True
         self._since += 1
+        self._broken_for = self._broken_for + 1 if self.updating else 0
 
     def end_batches(self, n: int) -> None:
         """All ``n`` batches of the epoch are finished. The epoch is not: evaluation and a scheduler's step may follow,
@@ -108,6 +111,11 @@ class PlaceInRun:
     def updating(self) -> bool:
         """The weights are of no step."""
         return self.flag.up
+
+    @property
+    def may_mend(self) -> bool:
+        """An update was broken off, and the script goes on: the next one makes the weights those of a step again."""
+        return 0 < self._broken_for <= _MENDS_WITHIN
 
     @property
     def settling(self) -> bool:
