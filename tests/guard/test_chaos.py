@@ -124,7 +124,12 @@ def leak_under_ray(folder, rate, *, limit_bytes=4096 * MB, held=0):
     assert whole.manifest is not None, done.stderr[-1500:]  # lost or won, something whole is there to resume from
     incidents = [line for line in records.read(folder / "run/guard.jsonl") if line["kind"] == "incident"]
     saved = [line for line in incidents if line["outcome"] == "saved"]
-    return bool(saved) and kills == 0 and json.loads(done.stdout.splitlines()[-1])["exit_code"] == 75
+    ended = json.loads(done.stdout.splitlines()[-1])
+    won = bool(saved) and kills == 0 and ended["exit_code"] == 75
+    if not won:  # such a race is rare: what is known of it must not go with its folder
+        log = (folder / "run/train.log").read_text()[-3000:] if (folder / "run/train.log").exists() else ""
+        print(f"lost: {kills} kills, {ended}\n{incidents}\n{log}\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
+    return won
 
 
 @pytest.mark.chaos
