@@ -66,6 +66,8 @@ class Fit:
         """What went wrong here since the last exchange."""
         self._broken = False
         """The update failed here: the position is that of the step before, and this rank saves nothing more."""
+        self._short = False
+        """It failed because memory ended, as it does under the guard's brake: that is a reason to stop, no defect."""
         self._unsaved = 0
         self._torn = False
         self._order: Order | None = None
@@ -148,6 +150,7 @@ class Fit:
         return Word(
             step=self.position.step,
             trouble=self._standing_trouble(),
+            wish=Wish.STOP if self._short else Wish.NONE,
             micro_batch=self._stepper.micro_batch,
             snapshot=int(first and self._saver.can_snapshot and self._snapshots.due(now)),
             save=int(first and self._checkpoints.due(now)),
@@ -200,7 +203,7 @@ class Fit:
         except RankLost:
             raise
         except Exception as error:
-            self._broken, self._failure = True, told(error)
+            self._broken, self._short, self._failure = True, is_out_of_memory(error), told(error)
             return None
         if not math.isfinite(norm):
             self._failure = f"the gradient of step {self.position.step} has the norm {norm}{ids(batch)}"
@@ -221,8 +224,8 @@ class Fit:
         """Where something is to be saved, first hear whose update ended; other steps hear it with the next word."""
         if not (verdict.save or verdict.snapshot):
             return verdict
-        failed = self._team.exchange(np.array([self._broken], dtype=np.float64))[:, 0]
-        return after_update(verdict, failed.astype(bool).tolist())
+        words = self._team.exchange(np.array([self._broken, self._short], dtype=np.float64)).astype(bool)
+        return after_update(verdict, words[:, 0].tolist(), short=bool(words[:, 1].any()))
 
     # ------------------------------------------------------------------ trouble on this rank
 

@@ -130,12 +130,13 @@ def decide(words: npt.NDArray[np.float64]) -> Verdict:
     )
 
 
-def after_update(verdict: Verdict, failed: Sequence[bool]) -> Verdict:
+def after_update(verdict: Verdict, failed: Sequence[bool], *, short: bool = False) -> Verdict:
     """The verdict on a step after its update, when something is to be saved: weights half of one step are not.
 
     Args:
         verdict: from before the update, with "go".
         failed: of every rank, whether its update failed.
+        short: one of them because memory ended.
 
     Returns:
         The same where all updates ended; else what :func:`decide` would make of it at the next step, so that a rank
@@ -147,5 +148,5 @@ def after_update(verdict: Verdict, failed: Sequence[bool]) -> Verdict:
     healthy = tuple(rank for rank in verdict.healthy if rank not in who)
     return replace(
         verdict, go=False, save=bool(healthy), snapshot=False, shrink=False, stop=True, trouble=Trouble.BROKEN,
-        who=who, healthy=healthy,
+        who=who, healthy=healthy, wish=max(verdict.wish, Wish.STOP if short else Wish.NONE),
     )  # fmt: skip

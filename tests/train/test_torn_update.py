@@ -17,7 +17,7 @@ FINISHED = 2
 @pytest.fixture
 def torn(monkeypatch):
     """Has the third update of some ranks fail halfway, as when memory is refused under the brake; for ``around``."""
-    plain, victims, calls = torch.optim.AdamW.step, {}, {}
+    plain, victims, calls, errors = torch.optim.AdamW.step, {}, {}, {}
 
     def step(self, closure=None):
         rank = victims.get(threading.current_thread())
@@ -29,9 +29,11 @@ def torn(monkeypatch):
         group["params"] = whole[: len(whole) // 2]
         plain(self, closure)
         group["params"] = whole
-        raise MemoryError("refused in the middle")
+        raise errors[rank]("refused in the middle")
 
-    def ranks(*numbers):
+    def ranks(*numbers, error=MemoryError):
+        errors.update(dict.fromkeys(numbers, error))
+
         def take(rank: int) -> None:
             if rank in numbers:
                 victims[threading.current_thread()] = rank
@@ -92,23 +94,27 @@ def test_alone_nothing_is_saved_of_a_step_that_was_not_finished(
     assert [(path, step) for path, step, *_ in guard.acks] == [("", FINISHED)]
 
 
-@pytest.mark.parametrize("due", DUE)
-def test_a_rank_whose_update_ended_saves_the_step_instead(small, tmp_path, run_ranks, stop_at, torn, always_due, due):
-    """Rank 0, which would have written, is the one that fails."""
-    config = small.config(tmp_path / "run", **{"checkpoint_every_s": 0, "snapshot_every_s": 0} | DUE[due])
+@pytest.mark.parametrize("error", [MemoryError, ValueError])
+@pytest.mark.parametrize("due", [*DUE, "nothing"])
+def test_a_rank_whose_update_ended_saves_the_step_instead(
+    small, tmp_path, run_ranks, stop_at, torn, always_due, due, error
+):
+    """Rank 0, which would have written, is the one that fails. If memory was refused, as the brake does before an order
+    is heard, that is a safe stop; else it is a failure, unless everybody was asked to stop anyway."""
+    config = small.config(tmp_path / "run", **{"checkpoint_every_s": 0, "snapshot_every_s": 0} | DUE.get(due, {}))
     heard = guards(stop_at, due, 2)
-    victims = torn(0)
+    victims = torn(0, error=error)
 
     outcomes = run_ranks(config, 2, lambda rank: victims(rank) or {"guard": heard[rank]})
 
-    status = "stopped" if due == "stop" else "failed"
+    status = "stopped" if due == "stop" or error is MemoryError else "failed"
     assert [(o.status, o.position.step) for o in outcomes] == [(status, FINISHED + 1)] * 2
     assert outcomes[0].position == outcomes[1].position
     assert outcomes[0].checkpoint == outcomes[1].checkpoint != ""
     assert saved_steps(tmp_path / "run")[-1] == FINISHED + 1
     assert [guard.acks[-1][:2] for guard in heard] == [(outcomes[0].checkpoint, FINISHED + 1)] * 2
     if status == "failed":
-        said = "Rank 0 failed in the update after the others had gone on, of step 2: MemoryError: refused in the middle"
+        said = "Rank 0 failed in the update after the others had gone on, of step 2: ValueError: refused in the middle"
         assert said in str(outcomes[0].error)
         assert "The last finished step is 3." in str(outcomes[0].error)
 
