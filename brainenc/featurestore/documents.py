@@ -118,7 +118,8 @@ def read_document(kind: str, data: bytes, where: str) -> Json:
         actual = digest(canonical(body))
     except UNREADABLE as error:
         raise CorruptData(f"{where} is torn or was changed: it is no {kind} document. {_WAY_OUT}") from error
-    if found == kind and version > VERSION:
+    flipped = version > VERSION and checksum == digest(canonical({**body, "version": VERSION}))
+    if found == kind and version > VERSION and not flipped:
         raise NotAStore(f"{where} has version {version}, this brainenc reads up to {VERSION}: use a newer brainenc.")
     if found != kind or checksum != actual:
         raise CorruptData(f"{where} is torn or was changed: its checksum does not match its content. {_WAY_OUT}")
