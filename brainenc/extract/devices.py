@@ -5,7 +5,6 @@ torch is imported where it is needed: a repeat that finds nothing to do gets by 
 
 from __future__ import annotations
 
-import errno
 import gc
 import importlib.metadata
 import os
@@ -15,15 +14,6 @@ from typing import Any
 from brainenc import allocator
 
 _LIBRARIES = ("transformers", "open_clip_torch", "timm", "torchvision", "pillow", "numpy")
-_NO_MEMORY = (
-    "not enough memory",  # torch's CPU allocator raises a plain RuntimeError
-    "can't allocate memory",
-    "CUDA out of memory",
-    "CUDA error: out of memory",  # the driver itself, outside torch's allocator
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",  # its handle found no room
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
 
 
 def device_fraction(device: str) -> float | None:
@@ -63,17 +53,6 @@ def environment(device: str, threads: int, micro_batch: int) -> dict[str, Any]:
         "torch": torch.__version__,
         **{name: version for name, version in versions.items() if version},
     }
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether less at a time may help: a device, the host, or the guard refused memory."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def release_memory(device: str) -> None:

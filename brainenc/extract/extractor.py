@@ -28,7 +28,7 @@ from brainenc.extract.backbone import Backbone, load_backbone
 from brainenc.extract.changes import KnownHashes
 from brainenc.extract.config import ExtractJob
 from brainenc.extract.decode import DecodeAhead, Decoded, batches
-from brainenc.extract.devices import environment, is_out_of_memory, release_memory
+from brainenc.extract.devices import environment, release_memory
 from brainenc.extract.donors import Donation, Donors
 from brainenc.extract.features import Feature
 from brainenc.extract.images import open_image
@@ -42,6 +42,7 @@ from brainenc.featurestore.dtypes import logical_dtype
 from brainenc.featurestore.store import open_store
 from brainenc.featurestore.writer import ShardWriter
 from brainenc.guard.messages import NullGuard, StepGuard
+from brainenc.out_of_memory import is_out_of_memory
 from brainenc.redact import redact
 
 

@@ -24,6 +24,7 @@ from brainenc.extract.plan import ShardTask, Wanted, outstanding
 from brainenc.featurestore.stimuli import Stimulus, StimulusSet
 from brainenc.featurestore.store import open_store
 from brainenc.guard.probe import Probe, anonymous_bytes
+from brainenc.out_of_memory import is_out_of_memory
 
 TIMED_S = 5.0
 """Timed long enough that a scheduler's whims average out."""
@@ -177,7 +178,6 @@ def _try_batches(job: ExtractJob, image_shape: tuple[int, int], features: tuple[
     """In a process of its own: forward passes of 1, 2, 4 ... images until memory runs out or it pays no more."""
     import torch
 
-    from brainenc.extract.devices import is_out_of_memory
     from brainenc.extract.extractor import load_for
     from brainenc.extract.features import Feature
 

@@ -47,7 +47,12 @@ class Hearing:
             self._undo.append(signals.take(WAKE_SIGNAL, self._on_wake))
         for number in signals.STOP_SIGNALS if main else ():
             self._undo.append(signals.take(number, self._on_stop))
-        self._watcher: Watcher | None = Watcher(settings(self.by_signal))
+        self._watcher: Watcher | None = None
+        try:
+            self._watcher = Watcher(settings(self.by_signal))
+        except BaseException:
+            self.close()  # nobody else could give the signals back
+            raise
         self._thread: threading.Thread | None = None
         if not self.by_signal:
             self._thread = threading.Thread(target=self._listen, name="memory-guard", daemon=True)

@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 from brainenc.errors import MemoryRefused, UsageError
-from brainenc.guard import banner, signals
+from brainenc.guard import banner, signals, states
 from brainenc.guard import pytorch as files
 from brainenc.guard.emergency import EmergencyFiles, Saved, Start, describe, save_seconds
 from brainenc.guard.hearing import Hearing
@@ -40,6 +40,7 @@ from brainenc.guard.policy import Escalation, Meter, PolicyConfig, Thresholds, T
 from brainenc.guard.probe import Probe
 from brainenc.guard.updating import UpdatingFlag
 from brainenc.guard.watcher import DRILL_WAITS_S, WatcherSettings
+from brainenc.out_of_memory import is_out_of_memory
 from brainenc.units import parse_bytes
 
 T = TypeVar("T")
@@ -292,7 +293,7 @@ class MemoryGuard:
         self._hearing = Hearing(self._settings, heard=self._hear, act=self._at_once, stop=self._asked_to_stop)
         self._say(banner.resources(self._probe.read(), files.gpu_allocations()))
         self._say(self._banner())
-        for sentence in files.doubts(self._objects):
+        for sentence in states.doubts(self._objects):
             self._say(f"{self._marks.warning}{sentence}")
 
     def __exit__(
@@ -314,7 +315,7 @@ class MemoryGuard:
                 raise self._ended
         elif isinstance(error, OutOfTime) and order is not None:
             self._stop(order)
-        elif files.is_out_of_memory(error):
+        elif is_out_of_memory(error):
             traceback.print_exception(error)
             self._stop(Order(kind="stop", reason=f"out of memory: {error}"))
         elif files.is_lost_loader(error):
@@ -586,7 +587,7 @@ class MemoryGuard:
             try:
                 return files.write(content, path)
             except Exception as error:
-                short = short or files.is_out_of_memory(error)
+                short = short or is_out_of_memory(error)
                 raise
 
         try:
@@ -594,7 +595,7 @@ class MemoryGuard:
                 self._objects, **boundary._asdict(), reason=self._order_reason(), run=self._run, script=_script()
             )
         except Exception as error:  # of an object's own `state_dict`
-            if not (short := files.is_out_of_memory(error)):
+            if not (short := is_out_of_memory(error)):
                 traceback.print_exception(error)
             why = f"the states could not be gathered: {type(error).__name__}: {error}"
             return Saved(failures=(why,)), short

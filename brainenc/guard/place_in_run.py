@@ -125,7 +125,7 @@ class PlaceInRun:
     @property
     def exact(self) -> bool:
         """What would be saved now goes on with the same numbers; at one of the next boundaries it will."""
-        return not self.updating and (not self._counted or self._stepped or self._ended or self._mark is not None)
+        return not self._counted or self._stepped or self._ended or self._mark is not None
 
     def remember_rng(self) -> None:
         """Keep the generators' states at this boundary: a batch broken off later is repeated with the same ones."""

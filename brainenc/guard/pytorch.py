@@ -1,4 +1,4 @@
-"""Emergency checkpoints of PyTorch objects, written while memory is short. The only file of the guard that knows torch.
+"""Emergency checkpoints of PyTorch objects, written while memory is short. This file and ``states`` know torch.
 
 One file, ``emergency_epoch<E>.pth``, as people know it: ``torch.load`` opens it, with ``model_state_dict``,
 ``optimizer_state_dict``, ``epoch``, ``step`` and the random number states in it. It is streamed tensor by tensor (on a
@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import io
 import os
 import random
-import re
 import sys
 import time
 import zipfile
@@ -28,12 +26,12 @@ from brainenc.errors import CheckpointUnusable, NeedsTrust, NoSpace
 from brainenc.guard.nvml import Nvml
 from brainenc.guard.probe import space
 from brainenc.guard.release import release
+from brainenc.guard.states import as_given, plain
+from brainenc.out_of_memory import is_out_of_memory
 from brainenc.units import format_bytes
 
 FORMAT = 1
 _CHUNK = 1 << 20
-_ARRAY = "__numpy__"
-"""Marks a NumPy array, kept as the bytes of a tensor: pickled, it would need trust."""
 _ALONE_S = 2.0
 """So long at most for another process that puts a file into the same folder."""
 
@@ -50,7 +48,7 @@ def payload(
         rng: from :func:`capture_rng`.
         more: plain values to keep as well.
     """
-    states = {f"{name}_state_dict": _plain(thing.state_dict()) for name, thing in objects.items() if thing is not None}
+    states = {f"{name}_state_dict": plain(thing.state_dict()) for name, thing in objects.items() if thing is not None}
     return {"format": FORMAT, "epoch": epoch, "step": step, **states, "rng": dict(rng), **more}
 
 
@@ -73,35 +71,6 @@ def copied_bytes(objects: Mapping[str, Any]) -> int:
             raise
         return payload_bytes(objects)
     return _tensor_bytes([t for t in first if t.untyped_storage().data_ptr() not in again])
-
-
-def doubts(objects: Mapping[str, Any]) -> list[str]:
-    """A sentence for every object whose state could not be saved, or not be read back without ``trust``. Tries it."""
-    import pickle
-
-    import torch
-
-    found = []
-    for name, thing in objects.items():
-        file = io.BytesIO()
-        try:
-            torch.save(_without_data(_plain(thing.state_dict())), file)
-            file.seek(0)
-            torch.load(file, weights_only=True)
-        except pickle.UnpicklingError as error:
-            what = re.search(r"GLOBAL (\S+)", str(error))
-            found.append(
-                f"The state of {name!r} holds {what[1] if what else 'objects'}, which is neither tensor, array nor "
-                "number: it is saved, but `guard.resume()` will need `trust=True`."
-            )
-        except Exception as error:
-            found.append(f"The state of {name!r} cannot be saved: {type(error).__name__}: {error}.")
-        if isinstance(thing, torch.optim.LBFGS):
-            found.append(
-                "LBFGS computes inside its update: memory that ends there leaves weights of no step, which are not "
-                "saved. Save them yourself from time to time."
-            )
-    return found
 
 
 def write(content: Mapping[str, Any], final: Path) -> int:
@@ -221,7 +190,7 @@ def restore(content: Mapping[str, Any], objects: Mapping[str, Any], where: Path)
     for name, thing in objects.items():
         if thing is None:
             continue
-        state = _arrays_again(content.get(f"{name}_state_dict"))
+        state = as_given(content.get(f"{name}_state_dict"))
         if state is None:
             raise CheckpointUnusable(f"{where} has no state of {name!r}. It has: {', '.join(content)}.")
         try:
@@ -378,21 +347,6 @@ def drop_gradients(objects: Mapping[str, Any]) -> None:
             thing.zero_grad(set_to_none=True)
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """The error says that memory, of the machine or of a GPU, is exhausted."""
-    if isinstance(error, MemoryError):
-        return True
-    if error is None or "torch" not in sys.modules:
-        return False
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    if isinstance(error, OSError):  # of a fork or a map
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
 def is_lost_loader(error: BaseException | None) -> bool:
     """A loader's worker was killed, as the kernel does when memory ends: what is trained is whole. In the middle of
     handing something over, that breaks a connection and nothing else."""
@@ -414,9 +368,6 @@ def _failed_loader() -> RuntimeError | None:
             return why
         time.sleep(0.01)
     return None
-
-
-_OUT_OF_MEMORY = ("can't allocate memory", "annot allocate memory", "out of memory", "can't start new thread")
 
 
 def _cuda_in_use() -> bool:
@@ -500,56 +451,6 @@ def _tensors(value: Any) -> Iterator[Any]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
-
-
-def _plain(value: Any) -> Any:
-    """NumPy scalars, as schedulers keep them, become Python's: a file without foreign objects loads without trust."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value) if type(value) in (list, tuple) else value
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
-        return value.item()
-    if type(value).__module__ == "numpy" and getattr(getattr(value, "dtype", None), "kind", "O") in "biufcmMSU":
-        return _array(value)
-    return value
-
-
-def _array(value: Any) -> dict[str, Any]:
-    import numpy as np
-    import torch
-
-    data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-    kept = torch.from_numpy(data if data.flags.writeable else data.copy())
-    return {_ARRAY: kept, "dtype": value.dtype.str, "shape": list(value.shape)}
-
-
-def _arrays_again(value: Any) -> Any:
-    """Of what :func:`_plain` has made: arrays where they were."""
-    if isinstance(value, dict) and _ARRAY in value:
-        import numpy as np
-
-        return np.frombuffer(value[_ARRAY].numpy().tobytes(), np.dtype(value["dtype"])).reshape(value["shape"]).copy()
-    if isinstance(value, dict):
-        for key in value:  # in place: a module's is a dict of its own kind, with versions as an attribute
-            value[key] = _arrays_again(value[key])
-        return value
-    if type(value) in (list, tuple):
-        return type(value)(_arrays_again(item) for item in value)
-    return value
-
-
-def _without_data(value: Any) -> Any:
-    """The same with empty tensors."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return torch.empty(0, dtype=value.dtype)
-    if isinstance(value, dict):
-        return {key: _without_data(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_without_data(item) for item in value)
-    return value
 
 
 @contextlib.contextmanager

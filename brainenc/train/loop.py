@@ -17,6 +17,7 @@ import numpy as np
 
 from brainenc.errors import BrainencError, TrainingFailed
 from brainenc.guard.messages import Order, OutOfTime
+from brainenc.out_of_memory import is_out_of_memory
 from brainenc.scoring import mean_r, val_perf
 from brainenc.train.checkpoint import Contents, Position
 from brainenc.train.data import Batch, Loader
@@ -24,7 +25,7 @@ from brainenc.train.fitting import FitSettings, Hooks, Outcome, Status
 from brainenc.train.saver import Saver
 from brainenc.train.schedule import Clock, learning_rate
 from brainenc.train.status import Trouble, Verdict, Wish, Word, after_update, decide
-from brainenc.train.step import Stepper, is_out_of_memory
+from brainenc.train.step import Stepper
 from brainenc.train.team import RankLost, Team
 from brainenc.train.troubles import as_error, ids, told
 from brainenc.train.validation import Part, Validation, predict_part

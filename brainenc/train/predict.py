@@ -14,6 +14,7 @@ from brainenc.atomic import make_dirs, partial_name
 from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import HEMISPHERES
 from brainenc.errors import CheckpointUnusable, DataError, KeyNotFound
+from brainenc.out_of_memory import is_out_of_memory
 from brainenc.train import checkpoint
 from brainenc.train.best import find
 from brainenc.train.config import TrainConfig
@@ -21,7 +22,7 @@ from brainenc.train.data import Batch, Loader, Samples
 from brainenc.train.inputs import OpenViews, open_samples, usable
 from brainenc.train.order import Order
 from brainenc.train.run_folder import RunFolder
-from brainenc.train.step import Stepper, is_out_of_memory, predict, relieve
+from brainenc.train.step import Stepper, predict, relieve
 
 log = logging.getLogger(__name__)
 

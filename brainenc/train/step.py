@@ -26,8 +26,6 @@ BUCKET_BYTES = 32 << 20
 _ALIGN = 16
 """Floats: each gradient starts on 64 bytes, because vector kernels round differently at other alignments."""
 
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
 
 class TrainingBatch(Protocol):
     """This rank's share of a global batch, on its device."""
@@ -56,13 +54,6 @@ def derive_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
     """Seed of one micro-batch's random numbers, so that a step that is done again draws the same ones."""
     packed = struct.pack("<4Q", seed & (2**64 - 1), step, rank, micro_batch)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory was short: PyTorch has one class for GPUs and only words for CPUs."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def relieve(device: torch.device) -> None:

@@ -1,34 +1,12 @@
-"""What counts as out of memory, and whose memory features are kept in."""
+"""Whose memory features are kept in."""
 
-import errno
 from pathlib import Path
 
 import pytest
 import torch
 
-from brainenc.extract.devices import is_out_of_memory
 from brainenc.extract.features import Feature
 from brainenc.extract.outputs import OutputBuffers
-
-
-@pytest.mark.parametrize(
-    ("error", "wanted"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), True),
-        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:116] . DefaultCPUAllocator: can't allocate memory"), True),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
-        (MemoryError(), True),
-        (OSError(errno.ENOSPC, "No space left on device"), False),
-        (OSError("no number"), False),
-        (RuntimeError("CUDA error: device-side assert triggered"), False),
-        (ValueError("CUDA out of memory"), False),
-    ],
-)
-def test_what_less_at_a_time_may_help(error, wanted):
-    assert is_out_of_memory(error) is wanted
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists its pages")

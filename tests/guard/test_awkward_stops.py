@@ -1,6 +1,7 @@
 """``MemoryGuard`` stopped at moments that nobody has chosen: what was trained is saved, and not replaced by less."""
 
 import contextlib
+import errno
 import os
 import queue
 import signal
@@ -148,6 +149,27 @@ def test_a_run_sets_aside_its_own_files_alone(home):  # noqa: F811
     assert not (home / "emergency_epoch2.pth").exists()
 
 
+def test_a_run_that_was_stopped_twice_sets_aside_both_files(home):  # noqa: F811
+    """In different epochs: each goes on from the last one, and they are one run."""
+    for epoch in (2, 3):
+        script = Script(home)
+
+        def train(script=script, epoch=epoch):
+            script.guard.resume()
+            for step in range(10):
+                script.guard.check(step, epoch=epoch)
+                script.step()
+            ask_twice()
+
+        assert exit_code(script.guard, train) == 75
+    assert len(list(home.glob("*.pth"))) == 2
+
+    last = Script(home)
+    with last.guard:
+        assert last.guard.resume().epoch == 3
+    assert not list(home.glob("*.pth"))
+
+
 def test_a_file_of_another_script_is_used_and_told(home, monkeypatch):  # noqa: F811
     monkeypatch.setattr("sys.argv", ["/lab/sweep_a.py"])
     assert stopped(Script(home), at=5, do=ask_twice) == 75
@@ -229,6 +251,16 @@ def test_what_copies_its_state_is_known_before_memory_is_short():
     assert files.copied_bytes({"model": model, "average": Copies(0)}) == 3 * 4
 
 
+def test_the_brake_leaves_room_for_what_is_copied(home, monkeypatch):  # noqa: F811
+    told, tell = [], Watcher.tell
+    monkeypatch.setattr(Watcher, "tell", lambda self, **message: (told.append(message), tell(self, **message)))
+    script = Script(home, stateful={"average": Copies(0)})
+    with script.guard:
+        script.run(3)
+
+    assert 3 * 4 in [message.get("largest") for message in told]
+
+
 class FailsOnce(torch.optim.SGD):
     """Memory ends in the middle of one update."""
 
@@ -297,6 +329,23 @@ def test_a_second_guard_in_a_process_is_refused(home):  # noqa: F811
         pass
 
 
+def test_a_guard_that_cannot_start_leaves_nothing_behind(home, monkeypatch):  # noqa: F811
+    """Its watcher cannot be started, say: the next one can."""
+
+    def refused(*_, **__):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    script, handlers = Script(home), [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGURG)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Watcher, "_start", refused)
+        with pytest.raises(OSError, match="temporarily"), script.guard:
+            pass
+    assert not script.opt._optimizer_step_pre_hooks
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGURG)] == handlers
+    with Script(home).guard as guard:
+        assert guard.watcher_pid
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_stop_that_python_drops_is_said_again(home):  # noqa: F811
     """Of what a ``__del__`` raises nobody hears."""
@@ -319,6 +368,7 @@ def test_a_stop_that_python_drops_is_said_again(home):  # noqa: F811
 
     assert code == 75
     assert (steps[-1], saved_step(home)) == (5, 6)
+    assert script.text.count("Emergency checkpoint saved") == 1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -21,8 +21,8 @@ class Noisy(torch.utils.data.Dataset):
         return torch.full((4,), index / 40) + torch.rand(4)
 
 
-def train(folder, *, stop_at=None, times=1, gather=1, skip=(), seconds=0.0, said=None):
-    """Two epochs of ten batches; the final weights, or how it was stopped in the second one."""
+def train(folder, *, stop_at=None, stop_in=1, times=1, gather=1, skip=(), seconds=0.0, said=None):
+    """Two epochs of ten batches; the final weights, or how it was stopped, in the second one unless told otherwise."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
     opt = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -34,7 +34,7 @@ def train(folder, *, stop_at=None, times=1, gather=1, skip=(), seconds=0.0, said
             for epoch in guard.epochs(2):
                 for step, x in guard.batches(loader):
                     loss = model(x).pow(2).mean()
-                    if (epoch, step) == (1, stop_at):
+                    if (epoch, step) == (stop_in, stop_at):
                         for _ in range(times):
                             os.kill(os.getpid(), signal.SIGTERM)
                     loss.backward()
@@ -65,6 +65,21 @@ def test_gathered_gradients_are_gathered_again(home, whole, stop_at):  # noqa: F
     """Updates after 4 batches, stopped between two of them: the gradients so far end with the script."""
     assert train(home, stop_at=stop_at, gather=4) == 75
     assert train(home, gather=4) == whole[4]
+
+
+def test_gradients_that_wait_for_the_first_update_are_gathered_again(home, whole):  # noqa: F811
+    """Nobody has seen yet how many batches an update takes."""
+    assert train(home, stop_at=1, stop_in=0, gather=4) == 75
+    assert train(home, gather=4) == whole[4]
+
+
+def test_gradients_that_an_epoch_leaves_over_are_gathered_again(home, tmp_path):  # noqa: F811
+    """Two of its ten batches wait for the next epoch, whose first ones are broken off."""
+    undisturbed = train(tmp_path / "whole", gather=4)
+
+    assert train(home, stop_at=1, times=2, gather=4, seconds=0.06) == 75
+    assert (home / "emergency_epoch0.pth").exists()
+    assert train(home, gather=4) == undisturbed
 
 
 def test_a_batch_that_was_broken_off_is_repeated_with_its_random_numbers(home, tmp_path):  # noqa: F811

@@ -229,18 +229,6 @@ def test_a_checkpoint_of_somebody_else_is_refused(tmp_path):
         files.load(tmp_path / "a.pth")
 
 
-@pytest.mark.parametrize(
-    ("error", "wanted"),
-    [(MemoryError(), True), (torch.OutOfMemoryError("x"), True), (RuntimeError("CUDA error: out of memory"), True),
-     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
-     (OSError(12, "Cannot allocate memory"), True), (OSError(28, "No space left on device"), False),
-     (RuntimeError("can't start new thread"), True), (RuntimeError("mmap: Cannot allocate memory"), True),
-     (RuntimeError("shapes do not match"), False), (ValueError("out of memory"), False), (None, False)],
-)  # fmt: skip
-def test_errors_that_mean_out_of_memory(error, wanted):
-    assert files.is_out_of_memory(error) is wanted
-
-
 def test_the_size_of_a_checkpoint_is_known_before_the_first_step():
     objects = trained()
     fresh = {"model": objects["model"], "optimizer": torch.optim.AdamW(objects["model"].parameters())}
