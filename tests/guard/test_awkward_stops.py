@@ -404,6 +404,26 @@ def test_what_goes_wrong_after_the_save_does_not_change_the_exit_code(home, caps
     assert "pid 7" in capsys.readouterr().err
 
 
+def test_a_child_that_dies_during_the_save_does_not_break_it_off(home, monkeypatch):  # noqa: F811
+    """torch's handler raises wherever the main thread is."""
+
+    def raises(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def disturbed(content, path):
+        os.kill(os.getpid(), signal.SIGCHLD)
+        return write(content, path)
+
+    write, before = files.write, signal.signal(signal.SIGCHLD, raises)
+    monkeypatch.setattr(files, "write", disturbed)
+    try:
+        assert stopped(Script(home), at=3, do=ask_twice) == 75
+        assert signal.getsignal(signal.SIGCHLD) is raises
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert (home / "emergency_epoch2.pth").exists(), "and not in the next place"
+
+
 class Forever(torch.utils.data.IterableDataset):
     def __iter__(self):
         while True:
