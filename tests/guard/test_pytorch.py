@@ -222,6 +222,18 @@ def test_foreign_objects_need_trust(tmp_path):
     assert files.load(tmp_path / "a.pth", trust=True)["mine_state_dict"] == {"path": Path("a")}
 
 
+def test_a_file_that_does_not_fit_into_memory_now_is_not_damaged(tmp_path, monkeypatch):
+    """Passed over, it would have the training begin again."""
+    save(trained(), tmp_path / "a.pth")
+
+    def refused(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", refused)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        files.load(tmp_path / "a.pth")
+
+
 def test_a_checkpoint_of_somebody_else_is_refused(tmp_path):
     torch.save({"model": {}}, tmp_path / "a.pth")
 
