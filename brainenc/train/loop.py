@@ -296,12 +296,12 @@ class Fit:
 
     def _take_snapshot(self) -> None:
         cost = 0.0
-        if self._team.local_rank == 0 and self._whole and self._saver.can_snapshot and not self._saver.busy:
+        if self._team.local_rank == 0 and self._saver.can_snapshot and not self._saver.busy:
             cost = self._saver.snapshot(self._contents())
         self._snapshots.done(self._hooks.clock(), cost)
 
     def _checkpoint(self, *, best: bool = False) -> None:
-        if self._team.rank == 0 and self._whole:
+        if self._team.rank == 0:
             try:
                 self._saver.checkpoint(self._contents(), best=best)
             except (OSError, BrainencError) as error:
@@ -385,17 +385,12 @@ class Fit:
             return self.position
         return Position(**self._team.broadcast(asdict(self.position), verdict.healthy[0]))
 
-    @property
-    def _whole(self) -> bool:
-        """Whether this rank's weights are those of one step, so that they may be saved."""
-        return not (self._broken or self._torn)
-
     def save_what_is_whole(self) -> None:
         """Another rank is gone, or this one is going: save the last finished step, if this rank's copy counts.
 
         Called outside any update, so that the weights are those between two steps.
         """
-        if not self._whole or self.position.step == 0:
+        if self._broken or self._torn or self.position.step == 0:
             return
         try:
             self._saver.emergency(self._contents(), "another rank was lost")

@@ -222,6 +222,19 @@ def test_foreign_objects_need_trust(tmp_path):
     assert files.load(tmp_path / "a.pth", trust=True)["mine_state_dict"] == {"path": Path("a")}
 
 
+def test_whatever_torch_says_of_a_damaged_file_it_is_damaged(tmp_path, monkeypatch):
+    """Some bits no sum covers once the sum file is gone, and torch has many words for them."""
+    save(trained(), tmp_path / "a.pth")
+    files.sum_path(tmp_path / "a.pth").unlink()
+
+    def confused(*_, **__):
+        raise NotImplementedError("no storage type 7")
+
+    monkeypatch.setattr(torch, "load", confused)
+    with pytest.raises(CheckpointUnusable, match="damaged: NotImplementedError: no storage type 7"):
+        files.load(tmp_path / "a.pth")
+
+
 def test_a_file_that_does_not_fit_into_memory_now_is_not_damaged(tmp_path, monkeypatch):
     """Passed over, it would have the training begin again."""
     save(trained(), tmp_path / "a.pth")

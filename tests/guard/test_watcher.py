@@ -64,15 +64,19 @@ def test_a_watcher_that_is_silent_counts_as_dead_and_is_not_waited_for(watcher, 
     assert watcher.alive
 
 
-def test_one_that_is_started_again_knows_what_its_forerunner_was_told(watcher):
+def test_one_that_is_started_again_knows_what_its_forerunner_was_told(watcher, monkeypatch):
     """A drill above all: it would have been for nothing."""
     watcher.tell(wake_after=0.0)
     watcher.tell(inject={"meter": "ram", "fraction": 0.95, "seconds": 60})
     watcher.tell(inject={"meter": "gpu0", "fraction": 0.5, "seconds": 60})
     watcher.tell(timing={"save_s": 1.0, "step_s": 0.25})
+    watcher.tell(unbrake=60.0)  # of a save that is long over
     os.kill(watcher.pid, signal.SIGKILL)
     assert wait_until(lambda: watcher.read() is not None and not watcher.alive)
+    told, write = [], watcher._write
+    monkeypatch.setattr(watcher, "_write", lambda message: (told.append(message), write(message)))
     watcher.restart()
+    assert told[0] == {"timing": {"save_s": 1.0, "step_s": 0.25}}
     heard = []
     assert wait_until(lambda: heard.extend(watcher.read()) or any(m["kind"] == "reading" for m in heard))
 
