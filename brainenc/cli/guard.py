@@ -87,7 +87,7 @@ def probe(disks: tuple[str, ...], batch_size: int | None, as_json: bool) -> None
         )
         return
     click.echo(banner.resources(reading))
-    for level in reading.levels:
+    for level in reading.levels if len(reading.levels) > 1 else ():  # one alone is the line above
         click.echo(f"{level.fraction:6.1%}  {format_bytes(level.used)} of {format_bytes(level.limit)}  {level.source}")
     t, other = thresholds, "" if batch_size in (None, row) else f", whose row is used for {batch_size}"
     click.echo(

@@ -1,6 +1,7 @@
 """``guard status|probe|drill``, ``doctor`` and ``watch``, as typed."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -132,6 +133,16 @@ def test_probe_for_people_says_what_it_would_make_of_it(capsys):
     out = capsys.readouterr().out
     assert "System Resource Check" in out
     assert "This is " in out
+
+
+def test_probe_says_nothing_twice(capsys):
+    assert run(["guard", "probe", "--json"]) == 0
+    levels = [level["source"] for level in json.loads(capsys.readouterr().out)["levels"]]
+
+    assert run(["guard", "probe"]) == 0
+
+    listed = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if re.match(r" *[\d.]+% ", line)]
+    assert listed == (levels if len(levels) > 1 else [])
 
 
 def practise(folder, fault, capsys):
