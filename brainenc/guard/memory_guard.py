@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import mmap
 import os
 import re
-import secrets
-import signal
 import sys
 import time
 import traceback
@@ -32,20 +29,20 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 from brainenc.errors import MemoryRefused, UsageError
 from brainenc.guard import banner, signals, states
 from brainenc.guard import pytorch as files
-from brainenc.guard.emergency import EmergencyFiles, Saved, Start, describe, save_seconds
+from brainenc.guard.emergency import EmergencyFiles, Saved, Start, describe
 from brainenc.guard.hearing import Hearing
-from brainenc.guard.messages import EXIT_STOPPED_SAFELY, Level, Order, OutOfTime
-from brainenc.guard.place_in_run import SETTLING_S, Boundary, PlaceInRun
-from brainenc.guard.policy import Escalation, Meter, PolicyConfig, Thresholds, Timing, free_below
+from brainenc.guard.messages import EXIT_STOPPED_SAFELY, Order, OutOfTime
+from brainenc.guard.place_in_run import SETTLING_S, PlaceInRun
+from brainenc.guard.policy import Meter, PolicyConfig, Thresholds, Timing, free_below
 from brainenc.guard.probe import Probe
+from brainenc.guard.saver import Saver, script
+from brainenc.guard.standing_orders import StandingOrders, is_ram
 from brainenc.guard.updating import UpdatingFlag
 from brainenc.guard.watcher import DRILL_WAITS_S, WatcherSettings
 from brainenc.out_of_memory import is_out_of_memory
 from brainenc.units import parse_bytes
 
 T = TypeVar("T")
-_UNBRAKED_S = 2.0
-"""So long a save may take without the brake, where it does not fit under it."""
 
 
 class MemoryGuard:
@@ -109,35 +106,20 @@ class MemoryGuard:
         self._files = EmergencyFiles(save_dir, fallback_dirs)
         self._brake = brake
         self._on_critical = on_critical
-        self._escalation = Escalation(on_critical, self._config.dwell_s)
+        self._orders = StandingOrders(on_critical, self._config.dwell_s)
         self._on_shrink, self._relief = on_shrink or (lambda: None), tuple(relief)
         self._every, self._eval_every = max(1, every), max(1, eval_every)
-        self._reserve_bytes = parse_bytes(reserve)
-        self._ballast: mmap.mmap | None = None
+        self._saver = Saver(self._objects, self._files, parse_bytes(reserve))
         self._say, self._marks = say, banner.symbols(getattr(sys.stderr, "encoding", None))
         self._probe = Probe(disks=[self._files.folder])
         self._hearing: Hearing | None = None
         self._undo: list[Callable[[], None]] = []
         self._place = PlaceInRun(settles=bool(self._objects.keys() - {"model", "optimizer"}))
         self._resumed: dict[str, Any] = {}
-        self._save_s = 1.0
-        self._attention = False
-        # Two, so that neither is ever written over the other, whenever a signal comes.
-        self._asked: Order | None = None
-        """To stop, by a person or a scheduler of jobs."""
-        self._alarm: Order | None = None
-        """What memory asks for."""
-        self._level: Level = "ok"
-        self._reason = ""
-        self._told_at = self._warned_at = self._relieved_at = self._spared_at = self._looked_at = float("-inf")
-        self._signals = 0
-        self._busy = self._overdue = False
+        self._told_at = self._warned_at = self._relieved_at = self._spared_at = float("-inf")
+        self._busy = False
         self._ended: SystemExit | None = None
         """How it has stopped: whatever else goes wrong after that, the process ends so."""
-        self._run, self._trusted = secrets.token_hex(8), False
-        self._own: set[Path] = set()
-        """Files of this run, as far as is known without reading."""
-        self._copied = 0
 
     # ---- what a script calls
 
@@ -151,8 +133,7 @@ class MemoryGuard:
             NeedsTrust: it holds pickled objects, and is not trusted.
             CheckpointUnusable: it is of another model.
         """
-        self._trusted = trust
-        path, content, passed_over = self._files.newest(lambda p: files.load(p, trust=trust))
+        path, content, passed_over = self._files.newest(lambda p: self._saver.read(p, trust=trust))
         for sentence in passed_over:
             self._say(f"{self._marks.warning}{sentence} It is left where it is and not used.")
         if path is None:
@@ -164,11 +145,9 @@ class MemoryGuard:
         self._resumed = {k: content[k] for k in ("step", "rng", "epoch_rng")}
         start = Start(epoch=content["epoch"], step=content["step"], path=str(path))
         self._place.epoch, self._place.step = start.epoch, start.step
-        self._run = str(content.get("run", self._run))
-        self._own.add(path)
-        if (writer := content.get("script", _script())) != _script():
+        if (writer := self._saver.go_on_from(path, content)) is not None:
             self._say(
-                f"{self._marks.warning}{path} was written by {writer}, and this is {_script()}: if it is another "
+                f"{self._marks.warning}{path} was written by {writer}, and this is {script()}: if it is another "
                 "training, give each a `save_dir` of its own."
             )
         self._say(f"{self._marks.done}Resumed from {path}: epoch {start.epoch}, after {start.step} of its batches.")
@@ -191,7 +170,7 @@ class MemoryGuard:
             if step < self._resumed.get("step", 0):
                 self._tell_of_repetition()
             self._place.begin(epoch, step)
-        if self._attention or step % (self._every if training else self._eval_every) == 0:
+        if self._orders.attention or step % (self._every if training else self._eval_every) == 0:
             self._look(training)
 
     def _tell_of_repetition(self) -> None:
@@ -223,7 +202,7 @@ class MemoryGuard:
             if step == done and rng is not None:
                 files.restore_rng(rng)
             if step >= done:
-                self._place.before_batch(step, closely=self._attention)
+                self._place.before_batch(step, closely=self._orders.attention)
             try:
                 batch = next(batches)
             except StopIteration:
@@ -285,9 +264,7 @@ class MemoryGuard:
         return self
 
     def _start(self) -> None:
-        self._hold_reserve()
-        self._save_s = save_seconds(self._files.folder, files.payload_bytes(self._objects))
-        self._copied = files.copied_bytes(self._objects)
+        self._saver.prepare()
         self._place.after_update, self._place.flag = self._at_once, UpdatingFlag()
         self._undo = self._place.hook(self._objects.values())
         self._hearing = Hearing(self._settings, heard=self._hear, act=self._at_once, stop=self._asked_to_stop)
@@ -307,7 +284,7 @@ class MemoryGuard:
 
     def _finish(self, error: BaseException | None) -> None:
         """What is to be done at the end, whichever it is."""
-        order = self._order
+        order = self._orders.next
         if self._ended is not None:
             if isinstance(error, Exception):  # a loader's worker that was killed meanwhile, say
                 traceback.print_exception(error)
@@ -325,11 +302,8 @@ class MemoryGuard:
             traceback.print_exception(error)  # a stop that reached every process: loader workers went first
             self._stop(order)
         elif error is None:
-            for sentence in self._files.retire(self._is_ours):
+            for sentence in self._files.retire(self._saver.is_ours):
                 self._say(f"{self._marks.warning}{sentence}")
-
-    def _is_ours(self, path: Path) -> bool:
-        return path in self._own or files.run_of(path, trust=self._trusted) in ("", self._run)
 
     def close(self) -> None:
         """End the watcher and give back signals, hooks and the reserve."""
@@ -342,7 +316,7 @@ class MemoryGuard:
             undo()
         self._undo = []
         self._place.flag.close()
-        self._release_reserve()
+        self._saver.release_reserve()
         self._probe.close()
 
     def _settings(self, by_signal: bool) -> WatcherSettings:
@@ -361,63 +335,18 @@ class MemoryGuard:
         )  # fmt: skip
 
     def _timing(self) -> Timing:
-        return Timing(save_s=self._save_s, step_s=self._place.step_s)
+        return Timing(save_s=self._saver.seconds, step_s=self._place.step_s)
 
     # ---- what it is told, at any moment
 
-    @property
-    def _order(self) -> Order | None:
-        """What is to be done at the next boundary."""
-        return self._asked or self._alarm
-
     def _hear(self, message: dict[str, Any]) -> None:
         """One message of the watcher."""
-        if message["kind"] == "overdue":
-            self._hear_overdue()
-        elif message["kind"] == "decision":
-            self._hear_decision(message)
-
-    def _hear_overdue(self) -> None:
-        """The boundary that was waited for has not come."""
-        if self._asked is not None:
-            self._asked = dataclasses.replace(self._asked, urgent=True)
-        if self._alarm is not None and _is_ram(self._alarm):
-            self._overdue = True
-            self._alarm = dataclasses.replace(self._alarm, urgent=True)
-
-    def _hear_decision(self, message: dict[str, Any]) -> None:
-        self._level, self._reason = message["level"], message["reason"]
-        self._attention = self._attention or self._level != "ok"
-        short = self._level == "critical" and not message.get("held", False)
-        if not short:
-            self._escalation.calm()
-        if self._level != "critical":
-            self._drop_alarm()  # memory went down again before anything was done
-        elif short and message["at"] >= self._looked_at:  # else it was seen before memory was freed
-            self._raise_alarm(message)
-
-    def _raise_alarm(self, message: dict[str, Any]) -> None:
-        kind = self._escalation.critical(time.monotonic())
-        if kind is None:
-            return  # it has just shrunk: that needs a moment to show
-        numbers = {k: v for k, v in message.items() if k not in ("kind", "reason", "level")}
-        urgent = message["urgent"] or self._overdue
-        alarm = Order(kind=kind, reason=message["reason"], numbers=numbers, urgent=urgent)
-        if self._order is None and self._hearing is not None and _is_ram(alarm):
+        if self._orders.hear(message) and self._hearing is not None:
             self._hearing.tell(wake_after=2 * self._place.step_s + 0.05)  # so long a boundary is waited for
-        self._alarm = alarm
-
-    def _drop_alarm(self) -> None:
-        self._alarm, self._overdue = None, False
 
     def _asked_to_stop(self, number: int) -> None:
         """SIGTERM, SIGINT: stop at the next boundary; twice, or no boundary in 2 s: here; three times: at once."""
-        self._signals += 1
-        if self._signals >= 3:
-            raise SystemExit(128 + number)
-        name = signal.Signals(number).name
-        self._asked = Order(kind="stop", reason=f"asked to stop by {name}", urgent=self._signals > 1)
-        self._attention = True
+        self._orders.ask(number)
         if self._hearing is not None:
             self._hearing.tell(wake_after=2.0)
         self._at_once()
@@ -425,7 +354,7 @@ class MemoryGuard:
     def _at_once(self) -> bool:
         """Act on an urgent order where the script is. In a signal handler this saves and raises; elsewhere, True asks
         to interrupt the training thread, and ``__exit__`` saves."""
-        order = next((o for o in (self._asked, self._alarm) if o is not None and o.urgent), None)
+        order = self._orders.urgent
         if order is None or self._busy or self._place.updating:
             return False
         if self._place.settling:  # wait for the scheduler's step, where there is somebody to wake us after it
@@ -446,18 +375,18 @@ class MemoryGuard:
         if (now := time.monotonic()) - self._told_at >= 0.5:
             self._told_at = now
             self._tell_watcher(self._hearing)
-        order = self._order
+        orders, order = self._orders, self._orders.next
         if order is None:
-            self._attention = self._level != "ok"
-            if self._level == "warn":
+            orders.attention = orders.level != "ok"
+            if orders.level == "warn":
                 self._warn()
-            if self._attention and training:
+            if orders.attention and training:
                 self._place.remember_rng()
-        elif order is not self._asked and self._relieved(order):
-            self._drop_alarm()
+        elif order is not orders.asked and self._relieved(order):
+            orders.drop_alarm()
             self._tell_watcher(self._hearing)
         elif training and (self._place.may_mend or not (order.urgent or self._place.exact)):
-            self._attention = True  # the next boundary from which the numbers go on as they were, or when time is up
+            orders.attention = True  # the next boundary from which the numbers go on as they were, or when time is up
         elif order.kind == "shrink":
             self._shrink(order)
         else:
@@ -465,7 +394,7 @@ class MemoryGuard:
 
     def _tell_watcher(self, hearing: Hearing) -> None:
         """What it cannot see from outside: GPUs in use, what torch holds there, how long saving takes."""
-        slack, largest = files.gpu_slack(self._objects), files.largest_on_gpu(self._objects) + self._copied
+        slack, largest = files.gpu_slack(self._objects), files.largest_on_gpu(self._objects) + self._saver.copied
         hearing.tell(timing=self._timing()._asdict(), slack=slack, uuids=list(slack), largest=largest)
 
     def _warn(self) -> None:
@@ -473,7 +402,7 @@ class MemoryGuard:
         if now - self._warned_at < self._config.dwell_s:
             return
         self._warned_at = now
-        self._say(banner.warning(self._place.step, f"memory is getting short: {self._reason}", self._marks))
+        self._say(banner.warning(self._place.step, f"memory is getting short: {self._orders.reason}", self._marks))
         self._relieve()
 
     def _relieve(self) -> bool:
@@ -493,20 +422,21 @@ class MemoryGuard:
         if order.urgent or order.numbers["drill"]:
             return False
         again = time.monotonic() - self._spared_at < self._config.dwell_s
-        if _is_ram(order) and (order.numbers["predicted"] or again):
+        if is_ram(order) and (order.numbers["predicted"] or again):
             return False
         freed = self._relieve()
         if self._is_short(order):
             return False
-        self._looked_at = time.monotonic()
-        self._spared_at = self._looked_at if _is_ram(order) else self._spared_at
+        now = time.monotonic()
+        self._orders.freed(now)
+        self._spared_at = now if is_ram(order) else self._spared_at
         if freed:
             self._say(f"{self._marks.done}{order.reason}; freeing caches was enough, going on.")
         return True
 
     def _is_short(self, order: Order) -> bool:
         """A look at what raised the alarm, as it is now. The watcher goes by what torch held at an earlier boundary."""
-        if _is_ram(order):
+        if is_ram(order):
             return self._probe.ram().fraction >= self._config.thresholds.ram_warn
         slack = files.gpu_slack(self._objects)
         self._probe.watch_gpus(list(slack))
@@ -520,11 +450,9 @@ class MemoryGuard:
             self._end(1)
         self._on_shrink()
         files.free_cached()
-        self._looked_at = time.monotonic()
-        self._escalation.shrunk(self._looked_at)
-        self._drop_alarm()
+        self._orders.shrunk(time.monotonic())
         self._busy = False
-        self._hold_reserve()
+        self._saver.hold_reserve()
         self._say(f"{self._marks.done}Shrunk; going on. Still critical after {self._config.dwell_s:g} s means stop.")
 
     def _stop(self, order: Order) -> NoReturn:
@@ -554,7 +482,7 @@ class MemoryGuard:
             )
         for sentence in files.release_gpus(self._objects):
             self._say(sentence)
-        self._say(banner.farewell(saved.path, self._marks, short=order is not self._asked))
+        self._say(banner.farewell(saved.path, self._marks, short=order is not self._orders.asked))
         self._end(EXIT_STOPPED_SAFELY)
 
     def _end(self, code: int) -> NoReturn:
@@ -562,48 +490,10 @@ class MemoryGuard:
         raise self._ended
 
     def _save(self) -> Saved:
-        """Save the last finished step. Objects that copy their state may need more memory than the brake leaves: then
-        without it."""
-        self._release_reserve()
-        boundary = self._place.finished()
-        until: float | None = None
-        while True:
-            saved, short = self._try_to_save(boundary)
-            if saved.path:
-                self._save_s = saved.seconds
-                self._own.add(Path(saved.path))
-            if saved.path or not short or self._hearing is None or (until is not None and time.monotonic() > until):
-                return saved
-            until = until or time.monotonic() + _UNBRAKED_S
-            self._hearing.tell(unbrake=_UNBRAKED_S)
-            time.sleep(0.02)
-
-    def _try_to_save(self, boundary: Boundary) -> tuple[Saved, bool]:
-        """What came of it, and whether memory was too short for it."""
-        short = False
-
-        def write(path: Path) -> int:
-            nonlocal short
-            try:
-                return files.write(content, path)
-            except Exception as error:
-                short = short or is_out_of_memory(error)
-                raise
-
-        try:
-            content = files.payload(
-                self._objects, **boundary._asdict(), reason=self._order_reason(), run=self._run, script=_script()
-            )
-        except Exception as error:  # of an object's own `state_dict`
-            if not (short := is_out_of_memory(error)):
-                traceback.print_exception(error)
-            why = f"the states could not be gathered: {type(error).__name__}: {error}"
-            return Saved(failures=(why,)), short
-        saved = self._files.save(boundary.epoch, write)
-        return saved, short
-
-    def _order_reason(self) -> str:
-        return self._order.reason if self._order is not None else ""
+        """Save the last finished step."""
+        hearing, order = self._hearing, self._orders.next
+        unbrake = None if hearing is None else lambda seconds: hearing.tell(unbrake=seconds)
+        return self._saver.save(self._place.finished(), order.reason if order is not None else "", unbrake)
 
     def _block(self, order: Order, saved: Saved, *, goes_on: bool = False, kept: bool = False) -> str:
         return banner.emergency(
@@ -611,18 +501,6 @@ class MemoryGuard:
             seconds=saved.seconds, n_bytes=saved.n_bytes, failures=saved.failures, marks=self._marks,
             goes_on=goes_on, kept=kept,
         )  # fmt: skip
-
-    def _hold_reserve(self) -> None:
-        """Memory of one's own, touched page by page, that goes back to the system at once when it is released."""
-        if self._reserve_bytes and self._ballast is None:
-            self._ballast = mmap.mmap(-1, self._reserve_bytes)
-            for offset in range(0, self._reserve_bytes, mmap.PAGESIZE):
-                self._ballast[offset] = 1
-
-    def _release_reserve(self) -> None:
-        ballast, self._ballast = self._ballast, None
-        if ballast is not None:
-            ballast.close()
 
 
 def _pair(name: str, given: Any) -> tuple[float, float]:
@@ -636,13 +514,3 @@ def _pair(name: str, given: Any) -> tuple[float, float]:
     if max(warn, critical) > 1:
         raise UsageError(f"{name}={given!r}; wanted are fractions, not percent: ({warn / 100:g}, {critical / 100:g}).")
     return warn, critical
-
-
-def _script() -> str:
-    """The name of what runs, to tell trainings apart that share a folder."""
-    return Path(sys.argv[0]).name if sys.argv else ""
-
-
-def _is_ram(alarm: Order) -> bool:
-    """Main memory, whose end nobody survives; a GPU's raises an error."""
-    return bool(alarm.numbers["meter"] == "ram")

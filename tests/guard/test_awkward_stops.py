@@ -107,7 +107,8 @@ ARRAYS = {
 def test_arrays_come_back_as_they_were(home):  # noqa: F811
     first = Script(home, stateful={"scores": Scores(**ARRAYS, nested=[{"r": ARRAYS["vertices"]}])})
     assert stopped(first, at=3, do=ask_twice) == 75
-    assert "trust" not in first.text and "cannot be saved" not in first.text
+    assert "trust" not in first.text
+    assert "cannot be saved" not in first.text
 
     scores = Scores()
     with Script(home, stateful={"scores": scores}).guard as guard:
@@ -210,7 +211,7 @@ class Copies:
 
 @pytest.mark.parametrize(("failures", "code"), [(3, 75), (10_000, 1)])
 def test_a_state_that_cannot_be_gathered_under_the_brake_is_gathered_without(home, monkeypatch, failures, code):  # noqa: F811
-    monkeypatch.setattr("brainenc.guard.memory_guard._UNBRAKED_S", 0.3)
+    monkeypatch.setattr("brainenc.guard.saver._UNBRAKED_S", 0.3)
     told, tell = [], Watcher.tell
     monkeypatch.setattr(Watcher, "tell", lambda self, **message: (told.append(message), tell(self, **message)))
     average = Copies(failures)
