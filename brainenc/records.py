@@ -22,14 +22,21 @@ class JsonLines:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._lock = threading.Lock()
-        if _ends_torn(self.path):  # a writer died in mid-line: its rest must not swallow our first object
-            os.write(self._fd, b"\n")
+        self._torn = _ends_torn(self.path)
+        """The last line has no end (a writer died, or the disk was full): it must not swallow the next object."""
 
     def write(self, **fields: Any) -> None:
-        """Append one object. NaN and infinity become null: JSON has neither."""
+        """Append one object. NaN and infinity become null: JSON has neither.
+
+        Raises:
+            OSError: it could not be written; later ones may be.
+        """
         line = json.dumps(_finite(fields), separators=(",", ":"), allow_nan=False) + "\n"
         with self._lock:
-            os.write(self._fd, line.encode())
+            left = (b"\n" if self._torn else b"") + line.encode()
+            while left:  # once, unless the disk gets full
+                done = os.write(self._fd, left)
+                left, self._torn = left[done:], done < len(left)
 
     def close(self, *, flush: bool = True) -> None:
         """Close; with ``flush`` what was written survives a power cut."""

@@ -1,6 +1,10 @@
 """Run records: whole lines or none, whatever dies."""
 
+import errno
 import json
+from contextlib import suppress
+
+import pytest
 
 from brainenc.records import JsonLines, read, standing
 
@@ -26,6 +30,26 @@ def test_a_torn_line_costs_itself_alone(tmp_path):
         log.write(step=3)
 
     assert [r["step"] for r in read(path)] == [1, 3]
+
+
+@pytest.mark.root
+def test_a_full_disk_costs_what_is_written_meanwhile_alone(small_disk):
+    path = small_disk / "m.jsonl"
+    with JsonLines(path) as log:
+        log.write(step=1, text="x" * 3000)
+        with suppress(OSError), open(small_disk / "fill", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        for step in (2, 3):  # the first of them is half there, on the last page
+            with pytest.raises(OSError, match="No space left") as refused:
+                log.write(step=step, text="y" * 3000)
+            assert refused.value.errno == errno.ENOSPC
+        (small_disk / "fill").unlink()
+        log.write(step=4)
+        log.write(step=5)
+
+    assert [r["step"] for r in read(path)] == [1, 4, 5]
+    assert path.read_text().count('"y') == 1
 
 
 def test_every_line_is_strict_json(tmp_path):

@@ -1,4 +1,7 @@
-"""Where figures of a run go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases by wish. Rank 0 only."""
+"""Where figures of a run go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases by wish. Rank 0 only.
+
+Training never fails because a figure could not be written, on a full disk or without a network: that is told once.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from brainenc.errors import UnknownName, UsageError
+from brainenc.guard.endurance import Endurance
 from brainenc.records import JsonLines
 
 TRACKERS = ("tensorboard", "wandb")
@@ -76,20 +80,23 @@ class WeightsAndBiases:
 
 
 class All:
-    """Several trackers as one."""
+    """Several trackers as one, by name. What fails in one of them is told, and the others have it all the same."""
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
+    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self._trackers = trackers
+        self._endurance = Endurance("Training")
 
     def record(self, fields: Mapping[str, Any]) -> None:
         """To each."""
-        for tracker in self._trackers:
-            tracker.record(fields)
+        for name, tracker in self._trackers.items():
+            with self._endurance.doing(f"writing figures to {name}"):
+                tracker.record(fields)
 
     def close(self) -> None:
         """Each."""
-        for tracker in self._trackers:
-            tracker.close()
+        for name, tracker in self._trackers.items():
+            with self._endurance.doing(f"closing {name}"):
+                tracker.close()
 
 
 def open_trackers(names: Sequence[str], folder: Path, *, run: int, config: Mapping[str, Any]) -> Tracker:
@@ -99,12 +106,12 @@ def open_trackers(names: Sequence[str], folder: Path, *, run: int, config: Mappi
         UnknownName: no such tracker.
         UsageError: its package is not installed.
     """
-    made: list[Tracker] = [JsonTracker(folder / "metrics.jsonl", run)]
+    made: dict[str, Tracker] = {str(folder / "metrics.jsonl"): JsonTracker(folder / "metrics.jsonl", run)}
     for name in names:
         if name == "tensorboard":
-            made.append(TensorBoard(folder))
+            made[name] = TensorBoard(folder)
         elif name == "wandb":
-            made.append(WeightsAndBiases(folder, config))
+            made[name] = WeightsAndBiases(folder, config)
         else:
             raise UnknownName("tracker", name, TRACKERS)
     return All(made)

@@ -20,6 +20,7 @@ from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import HEMISPHERES, Hemisphere
 from brainenc.errors import MemoryRefused
 from brainenc.guard.emergency import save_seconds
+from brainenc.guard.endurance import Endurance
 from brainenc.guard.messages import NullGuard, StepGuard
 from brainenc.guard.pytorch import release_gpus
 from brainenc.train import checkpoint, finished, saver
@@ -278,8 +279,11 @@ class _Notes:
 
     def __init__(self, folder: RunFolder, around: Surroundings) -> None:
         self._folder, self._around = folder, around
+        self._endurance = Endurance("Training")
 
     def __call__(self, text: str) -> None:
-        with open(self._folder.log_file, "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self._around.team.rank} [{os.getpid()}] {text}\n")
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        file = self._folder.log_file
+        with self._endurance.doing(f"writing to {file}"), open(file, "a") as log:  # a full disk: what is told is lost
+            log.write(f"{now} rank {self._around.team.rank} [{os.getpid()}] {text}\n")
         self._around.on_note(text)

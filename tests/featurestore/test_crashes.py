@@ -26,11 +26,13 @@ def calm(tmp_path_factory):
     return tree(folder)
 
 
-@pytest.mark.parametrize("what", ["kill", "torn"])
-def test_death_at_every_step_loses_nothing_and_the_same_command_finishes(tmp_path, calm, what):
+@pytest.mark.parametrize(
+    ("what", "stride"), [("kill", 3), pytest.param("kill", 1, marks=pytest.mark.chaos), ("torn", 1)]
+)
+def test_death_at_every_step_loses_nothing_and_the_same_command_finishes(tmp_path, calm, what, stride):
     died, at = True, 0
     while died:
-        at += 1
+        at += stride
         folder = tmp_path / str(at)
         died, acknowledged = run_and_die(folder, at, what)
         assert problems(folder, acknowledged) == []

@@ -74,7 +74,11 @@ def leak(folder, rate, *, thread, width=STATE_80_MB, limit_bytes=1536 * MB, held
 
 
 def races(tmp_path, n, rate, **kwargs):
-    return sum(leak(tmp_path / str(i), rate, **kwargs) for i in range(n))
+    won = 0
+    for i in range(n):
+        won += leak(tmp_path / str(i), rate, **kwargs)
+        print(f"leak of {rate or 'any number of'} MB/s: {won} of {i + 1} won", flush=True)
+    return won
 
 
 @pytest.mark.chaos
