@@ -143,7 +143,7 @@ def test_sigterm_with_the_run_folder_on_a_full_disk_saves_elsewhere(make_small, 
     saved = Path(text.partition("Emergency checkpoint saved: ")[2].partition(" (")[0])
     assert small_disk not in saved.parents
     assert checkpoint.verify(saved).position.step > 0
-    assert {r["run"] for r in RunFolder(out).metrics()} == {0}, "no rank dies of figures that cannot be written"
+    assert "Training failed" not in text, "no rank died of what it could not write"
     shutil.rmtree(saved.parent)
 
 
