@@ -15,7 +15,8 @@ from typing import Any
 
 
 class JsonLines:
-    """Appends objects to a file, a whole line in one write. Threads may share one; so may processes (``O_APPEND``)."""
+    """Appends objects to a file, a whole line in one write. Threads may share one; so may processes (``O_APPEND``),
+    but for a line that a full disk tears: it costs the next one of another process, too."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)

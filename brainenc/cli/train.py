@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,6 +20,9 @@ from brainenc.redact import redact
 
 if TYPE_CHECKING:  # torch takes seconds, which `--help` need not wait for
     from brainenc.train.config import TrainConfig
+
+Announce = Callable[[Mapping[str, Any]], None]
+"""Says what the guard will do with these settings."""
 
 EXAMPLE = """
 \b
@@ -47,7 +50,7 @@ def command(as_json: bool, resume_run: str | None, **options: Any) -> int:
     new = resume_run is None and not begun
     with Progress("train", json_lines=as_json) as progress, _worked_on(run, new, progress) as folder:
         shown = {"progress": _Shown(progress), "note": progress.note}
-        banner = (lambda: None) if as_json else (lambda: _banner(given, progress.note))
+        banner: Announce = (lambda _: None) if as_json else (lambda settings: _banner(settings, progress.note))
         if new:
             result = _start({**given, **folder}, source, shown, banner)
         elif begun:
@@ -83,22 +86,22 @@ def _begun(run: str) -> bool:
     return has_run(absolute(run) or run)
 
 
-def _start(given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any], banner: Callable[[], None]) -> Any:
+def _start(given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any], banner: Announce) -> Any:
     from brainenc.train.launch import train
 
     config, views = _asked(given, source)
-    banner()  # not before what was asked for makes sense: an error must not hide below it
+    banner(config.guard)  # not before what was asked for makes sense: an error must not hide below it
     return train(config, open_views=views, **shown)
 
 
-def _again(given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any], banner: Callable[[], None]) -> Any:
+def _again(given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any], banner: Announce) -> Any:
     """The same command again, as a scheduler gives it after a requeue: go on, unless it means another run."""
     from brainenc.train.launch import resume
 
     config, views = _asked(given, source)
     asked = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("id", "split")}
-    if _is_left(config.out, asked):
-        banner()
+    if (left := _left(config.out, asked)) is not None:
+        banner(left.guard)
     return resume(config.out, asked, open_views=views, **shown)
 
 
@@ -114,32 +117,33 @@ def _asked(given: dict[str, Any], source: dict[str, Any]) -> tuple[TrainConfig, 
     return replace(config, features=tuple(views.names()), source={**source, "features": list(texts)}), views
 
 
-def _resume(
-    run: str, given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any], banner: Callable[[], None]
-) -> Any:
+def _resume(run: str, given: dict[str, Any], source: dict[str, Any], shown: dict[str, Any], banner: Announce) -> Any:
     from brainenc.cli.on_the_fly import views_of_run
     from brainenc.train.launch import resume
+    from brainenc.train.run_folder import RunFolder
 
     if source:
         raise UsageError("A resumed run computes features as it did before: leave out --on-the-fly and its options.")
     views = views_of_run(run, given.get("subject_dir"))
-    if _is_left(run, given):
-        banner()
+    if "guard" in given:  # what is not said again stays
+        given = {**given, "guard": {**RunFolder(run).config().guard, **given["guard"]}}
+    if (left := _left(run, given)) is not None:
+        banner(left.guard)
     return resume(run, given, open_views=views, **shown)
 
 
-def _is_left(run: str, changes: dict[str, Any]) -> bool:
-    """Whether there is work to guard: of a finished run one line says so, and no more."""
+def _left(run: str, changes: dict[str, Any]) -> TrainConfig | None:
+    """How the run goes on; None where nothing is left to guard: of a finished run one line says so, and no more."""
     from brainenc.train import finished
     from brainenc.train.run_folder import RunFolder
 
-    return finished.find(RunFolder(run).config().resumed_with({**changes, "out": run})) is None
+    config = RunFolder(run).config().resumed_with({**changes, "out": run})
+    return config if finished.find(config) is None else None
 
 
-def _banner(given: dict[str, Any], note: Any) -> None:
+def _banner(settings: Mapping[str, Any], note: Any) -> None:
     from brainenc.train import guarding
 
-    settings = given.get("guard", {})
     if settings.get("enabled", True):
         note(guarding.start_banner(settings))
 

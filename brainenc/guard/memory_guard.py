@@ -467,8 +467,8 @@ class MemoryGuard:
             )
             self._end(1)
         # Before the first batch, also in the middle of a resume, an earlier file holds more than there is to save.
-        kept = [] if self._place.begun else self._files.found()
-        exact = self._place.exact
+        kept = [] if self._place.begun else [*self._saver.came_from, *self._files.found()]
+        exact, goes_back = self._place.exact, self._place.goes_back
         saved = Saved(path=str(kept[0])) if kept else self._save()
         self._say(self._block(order, saved, kept=bool(kept)))
         files.drop_gradients(self._objects)
@@ -479,6 +479,11 @@ class MemoryGuard:
             self._say(
                 f"{self._marks.warning}There was no time to wait for the end of the batch: it is repeated with other "
                 "random numbers (dropout, augmentation)."
+            )
+        elif goes_back and not kept and files.has_running_statistics(self._objects):
+            self._say(
+                f"{self._marks.warning}The batches whose gradients were being gathered are done again, and batch "
+                "normalisation counts them twice: its statistics will differ a little from those of an undisturbed run."
             )
         for sentence in files.release_gpus(self._objects):
             self._say(sentence)
@@ -491,6 +496,7 @@ class MemoryGuard:
 
     def _save(self) -> Saved:
         """Save the last finished step."""
+        self._saver.release_reserve()  # before all else: even a generator's state takes memory
         hearing, order = self._hearing, self._orders.next
         unbrake = None if hearing is None else lambda seconds: hearing.tell(unbrake=seconds)
         return self._saver.save(self._place.finished(), order.reason if order is not None else "", unbrake)

@@ -127,6 +127,11 @@ class PlaceInRun:
         """What would be saved now goes on with the same numbers; at one of the next boundaries it will."""
         return not self._counted or self._stepped or self._ended or self._mark is not None
 
+    @property
+    def goes_back(self) -> bool:
+        """What would be saved now goes on before batches that are finished: their gathered gradients are not kept."""
+        return not self._stepped and self._mark is not None and self._mark[:2] != (self.epoch, self.step)
+
     def remember_rng(self) -> None:
         """Keep the generators' states at this boundary: a batch broken off later is repeated with the same ones."""
         self._rng = files.capture_rng()

@@ -338,6 +338,12 @@ def empty_tensors(objects: Mapping[str, Any], wanted: Callable[[Any], bool]) -> 
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
+def has_running_statistics(objects: Mapping[str, Any]) -> bool:
+    """Whether a module among them changes in its forward pass already, as batch normalisation does."""
+    modules = (module for thing in objects.values() if hasattr(thing, "modules") for module in thing.modules())
+    return any(getattr(module, "running_mean", None) is not None for module in modules)
+
+
 def drop_gradients(objects: Mapping[str, Any]) -> None:
     """Free the gradients of every module among ``objects``."""
     import torch

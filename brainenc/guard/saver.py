@@ -38,6 +38,8 @@ class Saver:
         self.copied = 0
         """Bytes of the states that are copies."""
         self._run, self._trusted = secrets.token_hex(8), False
+        self.came_from: tuple[Path, ...] = ()
+        """The file that this process has resumed from, if any."""
         self._own: set[Path] = set()
         """Files of this run, as far as is known without reading."""
 
@@ -58,6 +60,7 @@ class Saver:
         """What was read from ``path`` is where this run goes on; the name of the script, where another one wrote it."""
         self._run = str(content.get("run", self._run))
         self._own.add(path)
+        self.came_from = (path,)
         writer = str(content.get("script", script()))
         return writer if writer != script() else None
 
@@ -68,15 +71,14 @@ class Saver:
     # ---- save
 
     def save(self, boundary: Boundary, reason: str, unbrake: Callable[[float], None] | None) -> Saved:
-        """Save the last finished step. Objects that copy their state may need more memory than the brake leaves: then
-        without it.
+        """Save the last finished step; the reserve is free for it. Objects that copy their state may need more memory
+        than the brake leaves: then without it.
 
         Args:
             boundary: where the run stands.
             reason: why it is saved, for the file.
             unbrake: asks the watcher to lift the brake for so many seconds; None where there is no watcher.
         """
-        self.release_reserve()
         until: float | None = None
         while True:
             saved, short = self._try(boundary, reason)
@@ -113,9 +115,17 @@ class Saver:
     # ---- the reserve
 
     def hold_reserve(self) -> None:
-        """Memory of one's own, touched page by page, that goes back to the system at once when it is released."""
+        """Memory of one's own, touched page by page, that goes back to the system at once when it is released.
+
+        Private: shared memory counts for no limit of a process (nor for the brake), and forked workers would keep it.
+        """
         if self._reserve_bytes and self._ballast is None:
-            self._ballast = mmap.mmap(-1, self._reserve_bytes)
+            if sys.platform == "win32":
+                self._ballast = mmap.mmap(-1, self._reserve_bytes)
+            else:
+                self._ballast = mmap.mmap(-1, self._reserve_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_DONTFORK"):
+                self._ballast.madvise(mmap.MADV_DONTFORK)
             for offset in range(0, self._reserve_bytes, mmap.PAGESIZE):
                 self._ballast[offset] = 1
 

@@ -56,7 +56,9 @@ class StandingOrders:
         if self._signals >= 3:
             raise SystemExit(128 + number)
         name = signal.Signals(number).name
-        self.asked = Order(kind="stop", reason=f"asked to stop by {name}", urgent=self._signals > 1)
+        self.asked = Order(kind="stop", reason=f"asked to stop by {name}")
+        if self._signals > 1:  # asked after that line: the second signal may come in the middle of it
+            self.asked = replace(self.asked, urgent=True)
         self.attention = True
 
     def hear(self, message: Mapping[str, Any]) -> bool:

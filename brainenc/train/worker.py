@@ -5,6 +5,7 @@ Runs in the training thread of a Ray Train worker, or in the calling process whe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -111,7 +112,7 @@ def work(config: TrainConfig, around: Surroundings) -> Outcome:
             val_steps=val_order.steps_per_epoch, vertices=subject.n_vertices,
             hooks=Hooks(
                 guard=around.guard, drill=around.drill, note=notes,
-                record=lambda fields: _record(fields, tracker, around), scored=_Scored(folder, subject),
+                record=lambda fields: _record(fields, tracker, around), scored=_Scored(folder, subject, notes),
             ),
         )  # fmt: skip
         try:
@@ -258,18 +259,32 @@ def _finish(
 
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    """Writes down the scores of the best validation so far: ``scores.json`` and r of each vertex."""
+    """Writes down the scores of the best validation so far: ``scores.json`` and r of each vertex. Where that fails no
+    older ones stay, which would be taken for those of the weights: `brainenc evaluate` computes them again."""
 
     folder: RunFolder
     subject: Subject
+    note: Callable[[str], None]
 
     def __call__(self, r_lh: Floats, r_rh: Floats, position: Position) -> None:
+        try:
+            self._write(r_lh, r_rh, position)
+        except OSError as error:
+            for file in (self.folder.scores_file, *map(self._vertices, HEMISPHERES)):
+                with contextlib.suppress(OSError):  # nor can a checkpoint be written there: the best stays what it was
+                    file.unlink()
+            self.note(f"The scores of step {position.step} could not be written: {error}. See `brainenc evaluate`.")
+
+    def _vertices(self, hemisphere: Hemisphere) -> Path:
+        return self.folder.predictions / f"{hemisphere}_val_corr.npy"
+
+    def _write(self, r_lh: Floats, r_rh: Floats, position: Position) -> None:
         import json
 
         r: dict[Hemisphere, Floats] = {"lh": r_lh, "rh": r_rh}
         self.folder.predictions.mkdir(exist_ok=True)
         for hemisphere in HEMISPHERES:
-            save_array(self.folder.predictions / f"{hemisphere}_val_corr.npy", r[hemisphere].astype(np.float32))
+            save_array(self._vertices(hemisphere), r[hemisphere].astype(np.float32))
         table = {"epoch": position.epoch, "step": position.step, **summarise(r_lh, r_rh, self.subject)}
         atomic.replace(self.folder.scores_file, json.dumps(table, indent=1).encode() + b"\n")
 

@@ -4,9 +4,13 @@ import contextlib
 import errno
 import os
 import queue
+import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,8 @@ import torch
 from brainenc.errors import NeedsTrust, UsageError
 from brainenc.guard import MemoryGuard, banner
 from brainenc.guard import pytorch as files
+from brainenc.guard.emergency import EmergencyFiles
+from brainenc.guard.saver import Saver
 from brainenc.guard.testing import wait_until
 from brainenc.guard.watcher import Watcher, WatcherSettings
 from tests.guard.test_memory_guard import Script, home, stopped  # noqa: F401
@@ -486,3 +492,57 @@ def test_an_optimizer_that_computes_in_its_update_is_named(home):  # noqa: F811
         pass
 
     assert "LBFGS computes inside its update" in said[-1]
+
+
+EXHAUSTED = """
+import resource, sys, torch
+from brainenc.guard import MemoryGuard
+
+limit, pages = {"data": (resource.RLIMIT_DATA, 5), "address": (resource.RLIMIT_AS, 0)}[sys.argv[2]]
+model = torch.nn.Linear(64, 64)
+opt = torch.optim.Adam(model.parameters())
+kept = []
+with MemoryGuard(model=model, optimizer=opt, save_dir=sys.argv[1], brake=False) as guard:
+    for epoch in guard.epochs(1):
+        for step, x in guard.batches([torch.ones(2, 64)] * 20):
+            opt.zero_grad()
+            model(x).sum().backward()
+            opt.step()
+            if step == 7:
+                has = int(open("/proc/self/statm").read().split()[pages]) * resource.getpagesize()
+                resource.setrlimit(limit, (has + (30 << 20), -1))
+                while True:
+                    kept += [bytes(5000), bytes(300), bytes(40), bytes(2500)]
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, sets limits of a process")
+@pytest.mark.parametrize("limit", ["data", "address"])
+def test_the_reserve_is_room_to_save_in(tmp_path, limit):
+    """Small objects have filled everything to the last page, under both limits that a process may have."""
+    done = subprocess.run(
+        [sys.executable, "-c", EXHAUSTED, tmp_path, limit], capture_output=True, text=True, timeout=100, check=False
+    )
+
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert (tmp_path / "emergency_epoch0.pth").exists()
+
+
+def mapped_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_workers_that_are_forked_do_not_keep_the_reserve(tmp_path):
+    saver = Saver({}, EmergencyFiles(tmp_path), 256 << 20)
+    saver.hold_reserve()
+    whole = mapped_bytes()
+
+    pid = os.fork()
+    if not pid:
+        os._exit(mapped_bytes() > whole - (250 << 20))
+
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    saver.release_reserve()
+    assert mapped_bytes() < whole - (250 << 20)

@@ -21,10 +21,11 @@ class Noisy(torch.utils.data.Dataset):
         return torch.full((4,), index / 40) + torch.rand(4)
 
 
-def train(folder, *, stop_at=None, stop_in=1, times=1, gather=1, skip=(), seconds=0.0, said=None):
+def train(folder, *, stop_at=None, stop_in=1, times=1, gather=1, skip=(), seconds=0.0, said=None, norm=False):
     """Two epochs of ten batches; the final weights, or how it was stopped, in the second one unless told otherwise."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    model = torch.nn.Sequential(*model, torch.nn.BatchNorm1d(1)) if norm else model
     opt = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     loader = torch.utils.data.DataLoader(Noisy(), batch_size=4, shuffle=True)
     say = said.append if said is not None else lambda _: None
@@ -71,6 +72,14 @@ def test_gradients_that_wait_for_the_first_update_are_gathered_again(home, whole
     """Nobody has seen yet how many batches an update takes."""
     assert train(home, stop_at=1, stop_in=0, gather=4) == 75
     assert train(home, gather=4) == whole[4]
+
+
+@pytest.mark.parametrize(("norm", "gather", "told"), [(True, 4, True), (False, 4, False), (True, 1, False)])
+def test_statistics_that_count_a_batch_twice_are_told(home, norm, gather, told):  # noqa: F811
+    """Only the weights go back to before the batches whose gradients were being gathered."""
+    said = []
+    assert train(home, stop_at=1, stop_in=0, gather=gather, norm=norm, said=said, seconds=0.06) == 75
+    assert any("counts them twice" in text for text in said) == told
 
 
 def test_gradients_that_an_epoch_leaves_over_are_gathered_again(home, tmp_path):  # noqa: F811

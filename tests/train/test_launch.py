@@ -435,3 +435,22 @@ def test_a_head_is_lost_when_nothing_listens_there():
     listening.close()
     assert there.lost
     assert not RayThere(gpus=0, may_grow=True).lost
+
+
+@pytest.mark.parametrize("as_it_was", [False, True], ids=["with another threshold", "as it was"])
+def test_a_resumed_run_is_guarded_as_it_says(small, tmp_path, capsys, as_it_was):
+    """By the thresholds and the action that the run was begun with, but for what is said anew."""
+    out = tmp_path / "run"
+    train(small.config(out, epochs=1, workers="0", predict=False, guard={"ram": [0.8, 0.83], "on_critical": "stop"}))
+    given = ["--resume", str(out), "--epochs", "2"]
+    if not as_it_was:
+        given += ["--gpu", "0.7,0.75"]
+
+    assert brainenc(["train", *given]) == 0
+
+    said = capsys.readouterr().err
+    assert "RAM usage: warning at 80%, emergency at 83%" in said
+    assert "Halve the micro-batch" not in said
+    assert ("GPU usage: warning at 70%, emergency at 75%" in said) != as_it_was
+    wanted = {"ram": [0.8, 0.83], "on_critical": "stop"} | ({} if as_it_was else {"gpu": [0.7, 0.75]})
+    assert {k: list(v) if k != "on_critical" else v for k, v in RunFolder(out).config().guard.items()} == wanted
