@@ -20,6 +20,7 @@ from brainenc.errors import NeedsTrust, UsageError
 from brainenc.guard import MemoryGuard, banner
 from brainenc.guard import pytorch as files
 from brainenc.guard.emergency import EmergencyFiles
+from brainenc.guard.place_in_run import PlaceInRun
 from brainenc.guard.saver import Saver
 from brainenc.guard.testing import wait_until
 from brainenc.guard.watcher import Watcher, WatcherSettings
@@ -526,6 +527,18 @@ def test_the_reserve_is_room_to_save_in(tmp_path, limit):
 
     assert done.returncode == 75, done.stderr[-3000:]
     assert (tmp_path / "emergency_epoch0.pth").exists()
+
+
+def test_the_reserve_is_free_before_the_random_states_are_gathered(home, monkeypatch):  # noqa: F811
+    """They take some kilobytes, which there may not be."""
+    order = []
+    for of, name in ((Saver, "release_reserve"), (PlaceInRun, "finished")):
+        real = getattr(of, name)
+        monkeypatch.setattr(of, name, lambda self, real=real, name=name: (order.append(name), real(self))[1])
+
+    assert stopped(Script(home), at=3, do=ask_twice) == 75
+
+    assert order[:2] == ["release_reserve", "finished"]
 
 
 def mapped_bytes():
