@@ -23,11 +23,11 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from brainenc.endurance import Endurance
 from brainenc.guard import signals
 from brainenc.guard.conflicts import Surroundings, conflicts
 from brainenc.guard.coordinator import CoordinatorConfig
 from brainenc.guard.departures import Departures
-from brainenc.guard.endurance import Endurance
 from brainenc.guard.messages import Order, OrderKind, WorkerReport
 from brainenc.guard.office import Office
 from brainenc.guard.policy import Thresholds

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from brainenc.endurance import Endurance
 from brainenc.guard import signals
-from brainenc.guard.endurance import Endurance
 from brainenc.guard.messages import OutOfTime
 from brainenc.guard.watcher import WAKE_SIGNAL, Watcher, WatcherSettings, wait_readable
 

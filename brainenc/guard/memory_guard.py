@@ -293,6 +293,7 @@ class MemoryGuard:
         elif isinstance(error, OutOfTime) and order is not None:
             self._stop(order)
         elif is_out_of_memory(error):
+            self._saver.release_reserve()  # even a traceback takes memory
             traceback.print_exception(error)
             self._stop(Order(kind="stop", reason=f"out of memory: {error}"))
         elif files.is_lost_loader(error):
@@ -302,6 +303,8 @@ class MemoryGuard:
             traceback.print_exception(error)  # a stop that reached every process: loader workers went first
             self._stop(order)
         elif error is None:
+            if (asked := self._orders.asked) is not None:
+                self._say(f"{self._marks.done}{asked.reason}, when all was done: nothing is left to save.")
             for sentence in self._files.retire(self._saver.is_ours):
                 self._say(f"{self._marks.warning}{sentence}")
 
@@ -496,10 +499,9 @@ class MemoryGuard:
 
     def _save(self) -> Saved:
         """Save the last finished step."""
-        self._saver.release_reserve()  # before all else: even a generator's state takes memory
         hearing, order = self._hearing, self._orders.next
         unbrake = None if hearing is None else lambda seconds: hearing.tell(unbrake=seconds)
-        return self._saver.save(self._place.finished(), order.reason if order is not None else "", unbrake)
+        return self._saver.save(self._place.finished, order.reason if order is not None else "", unbrake)
 
     def _block(self, order: Order, saved: Saved, *, goes_on: bool = False, kept: bool = False) -> str:
         return banner.emergency(

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from brainenc import atomic, records
+from brainenc.endurance import Endurance
 from brainenc.guard.coordinator import Coordinator, CoordinatorConfig
-from brainenc.guard.endurance import Endurance
 from brainenc.guard.incident import account
 from brainenc.guard.messages import Order, OrderKind, WorkerReport
 

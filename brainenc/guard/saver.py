@@ -70,15 +70,17 @@ class Saver:
 
     # ---- save
 
-    def save(self, boundary: Boundary, reason: str, unbrake: Callable[[float], None] | None) -> Saved:
-        """Save the last finished step; the reserve is free for it. Objects that copy their state may need more memory
+    def save(self, where: Callable[[], Boundary], reason: str, unbrake: Callable[[float], None] | None) -> Saved:
+        """Release the reserve and save the last finished step. Objects that copy their state may need more memory
         than the brake leaves: then without it.
 
         Args:
-            boundary: where the run stands.
+            where: tells where the run stands; it takes memory for the generators' states.
             reason: why it is saved, for the file.
             unbrake: asks the watcher to lift the brake for so many seconds; None where there is no watcher.
         """
+        self.release_reserve()
+        boundary = where()
         until: float | None = None
         while True:
             saved, short = self._try(boundary, reason)

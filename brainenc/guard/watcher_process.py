@@ -238,8 +238,10 @@ class Lookout:
         if state == self._sent and not still:
             return
         self._sent, self._sent_at = state, now
-        numbers = {"drill": decision.meter in self._injected, **decision.numbers()}
-        self._send({"kind": "decision", "at": now, "level": decision.level, "reason": decision.reason, **numbers})
+        drill = decision.meter in self._injected
+        reason = f"a drill: {decision.reason}" if drill else decision.reason
+        numbers = {"drill": drill, **decision.numbers()}
+        self._send({"kind": "decision", "at": now, "level": decision.level, "reason": reason, **numbers})
         if worse or (still and decision.level == "critical"):
             self._wake()
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, fields, replace
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
+from brainenc.endurance import Endurance
 from brainenc.guard.admission import Admission
-from brainenc.guard.endurance import Endurance
 from brainenc.guard.hearing import raise_in
 from brainenc.guard.messages import STRENGTH, CheckpointAck, Level, Order, OutOfTime, WorkerReport
 from brainenc.guard.policy import Escalation, Meter, PolicyConfig, Timing

@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from brainenc.endurance import Endurance
 from brainenc.errors import UnknownName, UsageError
-from brainenc.guard.endurance import Endurance
 from brainenc.records import JsonLines
 
 TRACKERS = ("tensorboard", "wandb")

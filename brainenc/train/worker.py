@@ -19,9 +19,9 @@ import torch
 from brainenc import allocator, atomic
 from brainenc.datasets.algonauts import Subject
 from brainenc.datasets.rois import HEMISPHERES, Hemisphere
+from brainenc.endurance import Endurance
 from brainenc.errors import MemoryRefused
 from brainenc.guard.emergency import save_seconds
-from brainenc.guard.endurance import Endurance
 from brainenc.guard.messages import NullGuard, StepGuard
 from brainenc.guard.pytorch import release_gpus
 from brainenc.train import checkpoint, finished, saver

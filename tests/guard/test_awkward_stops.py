@@ -90,6 +90,29 @@ def test_a_stop_before_the_first_batch_keeps_what_was_saved_earlier(home, monkey
     assert "Nothing was trained since the start" in again.text
 
 
+def test_a_stop_before_the_first_batch_names_the_file_that_it_came_from(home):  # noqa: F811
+    """Not a newer one that was passed over."""
+    assert stopped(Script(home), at=50, do=ask_twice) == 75
+    (home / "emergency_epoch3.pth").write_bytes(b"damaged")
+    again = Script(home)
+
+    def train():
+        assert again.guard.resume().path == str(home / "emergency_epoch2.pth")
+        ask_twice()
+
+    assert exit_code(again.guard, train) == 75
+    assert str(home / "emergency_epoch2.pth") in again.said[-1]
+
+
+def test_a_stop_in_the_last_batch_lets_the_script_end_and_says_so(home):  # noqa: F811
+    script = Script(home)
+    with script.guard:
+        script.run(3, at=2, do=lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    assert "asked to stop by SIGTERM, when all was done" in script.text
+    assert not list(home.glob("*.pth"))
+
+
 class Scores:
     """As scripts keep them: arrays beside the model."""
 

@@ -287,6 +287,19 @@ def test_a_drill_ends_on_time(tmp_path, used):
     assert said[-2] < 1.03 <= said[-1] <= 1.06
 
 
+def test_a_drill_is_called_one(tmp_path):
+    """In every text that is made of it: nobody shall look for a leak that was none."""
+    machine = Grouped(tmp_path, used=0.75, dwell_s=0.0)
+    machine.lookout.look(0.0)
+    machine.lookout.hear({"inject": {"meter": "ram", "fraction": 0.95, "seconds": 1.0}}, 0.0)
+
+    machine.watch(until=2.0)
+
+    critical, *_, last = decided(machine)
+    assert critical["reason"].startswith("a drill: RAM usage is 95")
+    assert "drill" not in last["reason"]
+
+
 def test_a_drill_stands_for_what_is_measured(tmp_path):
     """Also where it is lower: there is one figure for one thing."""
     machine = Grouped(tmp_path, used=0.86, dwell_s=0.0)

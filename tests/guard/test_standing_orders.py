@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from brainenc.guard.messages import Order
 from brainenc.guard.standing_orders import StandingOrders
 
 
@@ -61,6 +62,21 @@ def test_every_story_of_five_events(first):
                 assert orders.urgent is not None, story
             if not asked and alarm in ("critical", "gpu") and not late:
                 assert orders.urgent is None, story
+
+
+def test_a_second_signal_in_the_handler_of_the_first_is_not_forgotten(monkeypatch):
+    orders, nested = StandingOrders("stop", 30.0), [signal.SIGTERM]
+
+    def made(**fields):
+        order = Order(**fields)
+        while nested:
+            orders.ask(nested.pop())
+        return order
+
+    monkeypatch.setattr("brainenc.guard.standing_orders.Order", made)
+    orders.ask(signal.SIGTERM)
+
+    assert orders.urgent is orders.asked is not None
 
 
 def test_what_was_seen_before_memory_was_freed_is_no_alarm():

@@ -1,4 +1,7 @@
-"""For threads that must not end: what fails in them is logged, once for each kind, and the thread goes on."""
+"""For what must not end because something beside it failed: that is logged, once for each kind, and it goes on.
+
+The guard's threads, and training, which is worth more than a line about it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ log = logging.getLogger(__name__)
 
 class Endurance:
     """Of one thread. A guard that ended silently, because a callback of somebody else failed, would guard nothing.
+    Only an :class:`Exception` is borne: who asks to stop is heard.
 
     Args:
         who: for the log.
