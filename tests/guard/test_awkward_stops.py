@@ -4,13 +4,11 @@ import contextlib
 import errno
 import os
 import queue
-import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +17,6 @@ import torch
 from brainenc.errors import NeedsTrust, UsageError
 from brainenc.guard import MemoryGuard, banner
 from brainenc.guard import pytorch as files
-from brainenc.guard.emergency import EmergencyFiles
 from brainenc.guard.place_in_run import PlaceInRun
 from brainenc.guard.saver import Saver
 from brainenc.guard.testing import wait_until
@@ -562,23 +559,3 @@ def test_the_reserve_is_free_before_the_random_states_are_gathered(home, monkeyp
     assert stopped(Script(home), at=3, do=ask_twice) == 75
 
     assert order[:2] == ["release_reserve", "finished"]
-
-
-def mapped_bytes():
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_workers_that_are_forked_do_not_keep_the_reserve(tmp_path):
-    saver = Saver({}, EmergencyFiles(tmp_path), 256 << 20)
-    saver.hold_reserve()
-    whole = mapped_bytes()
-
-    pid = os.fork()
-    if not pid:
-        os._exit(mapped_bytes() > whole - (250 << 20))
-
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    saver.release_reserve()
-    assert mapped_bytes() < whole - (250 << 20)
