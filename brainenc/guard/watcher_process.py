@@ -239,7 +239,7 @@ class Lookout:
             return
         self._sent, self._sent_at = state, now
         drill = decision.meter in self._injected
-        reason = f"a drill: {decision.reason}" if drill else decision.reason
+        reason = f"{decision.reason} (a drill)" if drill else decision.reason
         numbers = {"drill": drill, **decision.numbers()}
         self._send({"kind": "decision", "at": now, "level": decision.level, "reason": reason, **numbers})
         if worse or (still and decision.level == "critical"):

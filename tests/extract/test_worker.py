@@ -117,10 +117,10 @@ def test_memory_that_gets_short_halves_this_workers_batch_and_the_coordinator_wr
 
     assert outcome.status == "sealed"
     assert (outcome.micro_batch, len(outcome.notes)) == (2, 1)
-    assert "memory got short (a drill: RAM usage is 95.0%" in outcome.notes[0]
+    assert "memory got short (RAM usage is 95.0%" in outcome.notes[0]
     assert wait_until(lambda: [i["outcome"] for i in office.status()["incidents"]] == ["saved"])
     text = (tmp_path / "guard" / "incident-1.txt").read_text()
-    assert "ordered to shrink because a drill: RAM usage is 95.0%" in text
+    assert "ordered to shrink because RAM usage is 95.0%" in text
     assert "a:1, 8 images: halved its micro-batch; what is sealed is durable" in text
 
 

@@ -296,7 +296,8 @@ def test_a_drill_is_called_one(tmp_path):
     machine.watch(until=2.0)
 
     critical, *_, last = decided(machine)
-    assert critical["reason"].startswith("a drill: RAM usage is 95")
+    assert critical["reason"].startswith("RAM usage is 95")
+    assert critical["reason"].endswith("(a drill)")
     assert "drill" not in last["reason"]
 
 

@@ -96,7 +96,8 @@ def test_a_drill_saves_at_a_boundary_and_exits_75(home):
     content = files.load(home / "emergency_epoch2.pth")
     assert code == 75
     assert content["optimizer_state_dict"]["state"][0]["step"] == content["step"] > 5
-    assert "Reason: a drill: RAM usage is 95.0%" in script.text
+    assert "Reason: RAM usage is 95.0%" in script.text
+    assert "(a drill)" in script.text
     assert script.said[-1].startswith(("✅", "OK")), "the last lines say how to resume"
     assert "guard.resume()" in script.said[-1]
 

@@ -56,4 +56,4 @@ def test_a_run_in_this_process_shows_the_warning_that_a_drill_brings(small, tmp_
     result = train(config, note=notes.append)
 
     assert result.exit_code == 75
-    assert any("rank0: a drill: RAM usage is 99.0%" in text and text.startswith("[Batch ") for text in notes), notes
+    assert any("rank0: RAM usage is 99.0%" in text and text.startswith("[Batch ") for text in notes), notes
