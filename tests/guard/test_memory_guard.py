@@ -77,6 +77,18 @@ def stopped(script, **kwargs):
     return stop.value.code
 
 
+def test_while_memory_is_short_every_boundary_is_looked_at(home):
+    script = Script(home, policy=PolicyConfig(dwell_s=0.0))
+    with script.guard as guard:
+        guard.check(0, epoch=0)
+        for step in (1, 2, 3):
+            if step == 1:
+                guard._hear(decision("warn"))
+            guard.check(step, epoch=0)
+
+    assert script.text.count("memory is getting short") == 3
+
+
 def test_a_calm_run_ends_by_itself_and_leaves_nothing(home):
     script = Script(home)
     with script.guard:

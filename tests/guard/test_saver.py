@@ -12,6 +12,7 @@ from brainenc.guard import pytorch as files
 from brainenc.guard.emergency import EmergencyFiles
 from brainenc.guard.place_in_run import Boundary
 from brainenc.guard.saver import Saver
+from tests.guard.test_memory_guard import decision
 
 RESERVE = 256 << 20
 ABOUT = 250 << 20
@@ -65,6 +66,21 @@ def test_a_guard_that_ends_holds_no_reserve(tmp_path):
         whole = pages(0)
 
     assert pages(0) < whole - ABOUT
+
+
+@linux
+def test_after_a_shrink_the_reserve_is_held_again(tmp_path):
+    with MemoryGuard(
+        model=torch.nn.Linear(2, 2), save_dir=tmp_path, reserve=RESERVE, say=lambda _: None, on_critical="shrink",
+        on_shrink=lambda: released.append(pages(0) < whole - ABOUT),
+    ) as guard:  # fmt: skip
+        whole, released = pages(0), []
+        guard.check(0, epoch=0)
+        guard._hear(decision(drill=True))
+        guard.check(1, epoch=0)
+
+        assert released == [True]
+        assert pages(0) > whole - ABOUT
 
 
 def test_a_save_tells_how_long_the_next_one_will_take(tmp_path):

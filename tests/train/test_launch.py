@@ -437,6 +437,19 @@ def test_a_head_is_lost_when_nothing_listens_there():
     assert not RayThere(gpus=0, may_grow=True).lost
 
 
+def test_the_same_command_again_says_how_it_is_guarded(small, tmp_path, capsys):
+    command = [
+        "train", "--subject-dir", str(small.subject_dir), "--store", str(small.store), "--feature", "tiny/1.q", "--out",
+        str(tmp_path / "run"), "--hidden", "16", "--heads", "2", "--feedforward", "32", "--batch-size", "8",
+        "--threads", "1", "--workers", "0", "--ram", "0.8,0.83", "--on-critical", "stop",
+    ]  # fmt: skip
+    for epochs in "12":
+        assert brainenc([*command, "--epochs", epochs]) == 0
+        said = capsys.readouterr().err
+        assert "RAM usage: warning at 80%, emergency at 83%" in said
+        assert "Halve the micro-batch" not in said
+
+
 @pytest.mark.parametrize("as_it_was", [False, True], ids=["with another threshold", "as it was"])
 def test_a_resumed_run_is_guarded_as_it_says(small, tmp_path, capsys, as_it_was):
     """By the thresholds and the action that the run was begun with, but for what is said anew."""
